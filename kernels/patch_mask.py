@@ -1,0 +1,205 @@
+"""Masked patches: which patches stay, their tokens, and the way back to the full grid.
+
+    draw_mask       keep the K patches with the smallest Philox keys            III.B.1
+    embed_visible   tokens of kept patches only, from the merged state          Eq. 6
+    restore_tokens  visible tokens back among the fill, each row written once
+
+Shapes: B batch, C target channels, Cs source channels, H x W image, p patch side, N = HW/p^2
+tokens, K kept, D width, P = p^2 (C + Cs [+ C with coarse]) values of a patch, in the order
+(state, sources, coarse_up) x (row, column), which is that of a flattened Conv2d weight.
+
+Bytes: the floor of ``embed_visible`` reads the kept patches once (4 K p^2 (C + Cs) a sample in
+float32, and the same share of ``coarse`` with its one-pixel halo) and writes K D. The reference
+gathers kept patches of y, eps and sources too, but upsamples all of ``coarse``. Backward keeps
+the gathered patches. Limits: H and W are multiples of p, N < 2^24.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _philox
+from ._impl import choose
+
+
+def draw_mask_reference(sample_ids, num_patches, num_keep, *, rng, stream=0, drop_first=None):
+    keys = _philox.integers(sample_ids, num_patches, rng=rng, stream=stream)  # (B, N)
+    # The index makes every packed key unique: no tie, so no order left to define.
+    packed = (keys << 24) | torch.arange(num_patches, dtype=torch.int64, device=keys.device)
+    if drop_first is not None:
+        packed = packed | (drop_first.to(torch.int64) << 60)  # a class above the key: sorts behind all others
+    keep = torch.topk(packed, num_keep, dim=1, largest=False, sorted=False).indices
+    keep = keep.sort(dim=1).values  # (B, K)
+    rank = torch.arange(num_keep, dtype=torch.int32, device=keep.device).expand_as(keep)
+    inverse = torch.full(keys.shape, -1, dtype=torch.int32, device=keep.device).scatter(1, keep, rank)
+    return keep.to(torch.int32), inverse
+
+
+def patch_rows(x: Tensor, patch: int, ids: Tensor | None) -> Tensor:
+    """Patches ``ids`` (B, K) of x (B, C, H, W), or all N of them, as (B, K, C, p p)."""
+    batch, channels, height, width = x.shape
+    rows, cols = height // patch, width // patch
+    grid = x.reshape(batch, channels, rows, patch, cols, patch).permute(0, 2, 4, 1, 3, 5)
+    flat = grid.reshape(batch * rows * cols, channels * patch * patch)
+    if ids is not None:
+        # One row a patch: the backward of index_select adds whole rows, several times faster than
+        # that of advanced indexing with its element-wise index_put.
+        first = torch.arange(batch, device=x.device)[:, None] * (rows * cols)
+        flat = flat.index_select(0, (ids + first).flatten())
+    return flat.reshape(batch, -1, channels, patch * patch)
+
+
+def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
+    """(B, N, C p p) in the order (channel, row, column) -> (B, C, H, W)."""
+    batch, rows, cols = tokens.shape[0], height // patch, width // patch
+    grid = tokens.reshape(batch, rows, cols, -1, patch, patch)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
+
+
+def _per_sample(v: Tensor) -> Tensor:
+    return v[:, None, None, None]
+
+
+def embed_visible_reference(
+    y, sources, coarse, abar, keep_ids, weight, bias, pos,
+    *, eps=None, rng=None, sample_ids=None, stream=None, state_scale=None,
+):  # fmt: skip
+    batch, channels, height, width = y.shape
+    merged = channels + sources.shape[1] + (0 if coarse is None else channels)
+    patch = math.isqrt(weight.shape[1] // merged)
+    if rng is not None:
+        eps = _philox.normals(sample_ids, y[0].numel(), rng=rng, stream=stream).view_as(y)
+    state = abar.sqrt()[:, None, None, None] * patch_rows(y, patch, keep_ids)  # (B, K, C, p p)
+    if eps is not None:
+        state = state + _per_sample((1 - abar).sqrt()) * patch_rows(eps, patch, keep_ids)
+    parts = [patch_rows(sources, patch, keep_ids)]
+    if coarse is not None:
+        up = F.interpolate(coarse, scale_factor=2, mode="bilinear", align_corners=False)
+        up = patch_rows(up[..., :height, :width], patch, keep_ids)
+        state = state + _per_sample(1 - abar.sqrt()) * up
+        parts.append(up)
+    if state_scale is not None:
+        state = _per_sample(state_scale) * state
+    patches = torch.cat([state, *parts], dim=2).flatten(2)  # (B, K, P)
+    tokens = F.linear(patches.to(weight.dtype), weight, bias)  # (B, K, D)
+    if pos is None:
+        return tokens
+    return tokens + (pos if keep_ids is None else pos[keep_ids.long()]).to(tokens.dtype)
+
+
+def restore_tokens_reference(x, fill, inverse, pos):
+    batch, num = inverse.shape
+    keep, width = x.shape[1:]
+    if fill.dim() == 1:
+        rows = torch.cat([x, fill.to(x.dtype).expand(batch, 1, width)], dim=1)
+        order = torch.where(inverse < 0, keep, inverse)
+    else:
+        rows = torch.cat([x, fill.to(x.dtype)], dim=1)  # (B, N, D)
+        hidden = inverse < 0
+        order = torch.where(hidden, keep - 1 + hidden.cumsum(1), inverse)
+    first = torch.arange(batch, device=x.device)[:, None] * rows.shape[1]
+    out = rows.flatten(0, 1).index_select(0, (order + first).flatten()).view(batch, num, width)
+    return out if pos is None else out + pos.to(out.dtype)
+
+
+def draw_mask(
+    sample_ids: Tensor, num_patches: int, num_keep: int,
+    *, rng, stream: int = 0, drop_first: Tensor | None = None, impl: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Choose the patches that stay (PHMDiff III.B.1).
+
+    Parameters
+    ----------
+    sample_ids : (B,) int64, the samples' global names
+    num_patches, num_keep : N and K, 0 <= K <= N < 2^24
+    rng : (seed, step), ints or 0-d int64 tensors
+    stream : Philox stream, 0 for the finest level
+    drop_first : (B, N) bool, patches that go before any other does
+
+    Returns
+    -------
+    keep_ids (B, K) int32, ascending; inverse (B, N) int32, the rank among the kept or -1
+
+    Raises ValueError for K outside [0, N] or a wrong shape. Bit-identical on every device.
+    """
+    choose("draw_mask", impl)
+    if not 0 <= num_keep <= num_patches < 1 << 24:
+        raise ValueError(f"draw_mask: need 0 <= num_keep <= num_patches < 2^24, got {num_keep} and {num_patches}")
+    if sample_ids.dim() != 1:
+        raise ValueError(f"draw_mask: sample_ids must be (B,), got {tuple(sample_ids.shape)}")
+    if drop_first is not None and drop_first.shape != (len(sample_ids), num_patches):
+        raise ValueError(f"draw_mask: drop_first must be (B, N), got {tuple(drop_first.shape)}")
+    return draw_mask_reference(sample_ids, num_patches, num_keep, rng=rng, stream=stream, drop_first=drop_first)
+
+
+def embed_visible(
+    y: Tensor, sources: Tensor, coarse: Tensor | None, abar: Tensor, keep_ids: Tensor | None,
+    weight: Tensor, bias: Tensor | None, pos: Tensor | None,
+    *, eps: Tensor | None = None, rng=None, sample_ids: Tensor | None = None, stream: int | None = None,
+    state_scale: Tensor | None = None, impl: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Tokens of the kept patches, from the merged state formed on the way (PHMDiff Eq. 6).
+
+        state = sqrt(abar) y + sqrt(1 - abar) eps + (1 - sqrt(abar)) up(coarse)
+        token = weight @ (state_scale * state, sources, up(coarse)) + bias + pos
+
+    Parameters
+    ----------
+    y : (B, C, H, W) target; sources : (B, Cs, H, W), may need a gradient
+    coarse : (B, C, ceil(H/2), ceil(W/2)) or None (then neither merged nor a channel)
+    abar : (B,) float32, never cast
+    keep_ids : (B, K) int32, or None for every patch
+    weight : (D, P); bias : (D,) or None; pos : (N, D) or None
+    eps : (B, C, H, W) noise, or drawn from ``rng``, ``sample_ids`` and ``stream``; with neither,
+        the noise term is left out (a sampler's y_t goes in as y = y_t / sqrt(abar))
+    state_scale : (B,) float32 factor on the state's channels only (ours)
+
+    Returns (B, K, D) in weight's dtype, or autocast's. Raises ValueError for shapes that do not fit.
+    """
+    choose("embed_visible", impl)
+    batch, channels, height, width = y.shape
+    merged = channels + sources.shape[1] + (0 if coarse is None else channels)
+    patch = math.isqrt(weight.shape[1] // merged)
+    if patch * patch * merged != weight.shape[1] or patch == 0:
+        raise ValueError(f"embed_visible: weight {tuple(weight.shape)} holds no square patch of {merged} channels")
+    if height % patch or width % patch:
+        raise ValueError(f"embed_visible: image {height}x{width} is no multiple of the patch side {patch}")
+    if sources.shape[0] != batch or sources.shape[2:] != y.shape[2:]:
+        raise ValueError(f"embed_visible: sources {tuple(sources.shape)} do not fit y {tuple(y.shape)}")
+    if coarse is not None and coarse.shape != (batch, channels, -(-height // 2), -(-width // 2)):
+        raise ValueError(f"embed_visible: coarse {tuple(coarse.shape)} is not half of y {tuple(y.shape)}")
+    if abar.shape != (batch,) or abar.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"embed_visible: abar must be (B,) float32, got {tuple(abar.shape)} {abar.dtype}")
+    if eps is not None and (rng is not None or eps.shape != y.shape):
+        raise ValueError("embed_visible: eps must have y's shape and excludes rng")
+    if rng is not None and (sample_ids is None or stream is None):
+        raise ValueError("embed_visible: rng needs sample_ids and stream")
+    return embed_visible_reference(
+        y, sources, coarse, abar, keep_ids, weight, bias, pos,
+        eps=eps, rng=rng, sample_ids=sample_ids, stream=stream, state_scale=state_scale,
+    )  # fmt: skip
+
+
+def restore_tokens(
+    x: Tensor, fill: Tensor, inverse: Tensor, pos: Tensor | None, *, impl: str | None = None
+) -> Tensor:
+    """Visible tokens back among the fill, position added to every row.
+
+    Parameters
+    ----------
+    x : (B, K, D); fill : (D,) one token for every gap, or (B, N - K, D) in ascending order of place
+    inverse : (B, N) int32 of ``draw_mask``; pos : (N, D) or None
+
+    Returns (B, N, D) in x's dtype. Raises ValueError for shapes that do not fit.
+    """
+    choose("restore_tokens", impl)
+    (batch, keep, width), num = x.shape, inverse.shape[1]
+    if fill.shape not in ((width,), (batch, num - keep, width)):
+        raise ValueError(f"restore_tokens: fill {tuple(fill.shape)} is neither (D,) nor (B, N - K, D)")
+    if pos is not None and pos.shape != (num, width):
+        raise ValueError(f"restore_tokens: pos {tuple(pos.shape)} is not (N, D) = ({num}, {width})")
+    return restore_tokens_reference(x, fill, inverse, pos)

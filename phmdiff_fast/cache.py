@@ -1,0 +1,286 @@
+"""The slice cache on disk, subject by subject, and the stateless order in which its rows are visited.
+
+A folder of three files: ``slices.bin`` float32 (n, contrasts, S, S), raw intensities on the network
+grid; ``foreground.bin`` uint8 (n, S, S); ``index.json``, written last: without it there is no cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from .config import DataConfig
+from .data import Cohort, Progress, load_subject
+from .errors import IO, PhmdiffError
+from .grid import InPlane, Scaling, fit_scaling
+
+VERSION = 1
+SLICES, FOREGROUND, INDEX = "slices.bin", "foreground.bin", "index.json"
+WITHOUT_EFFECT = {"skip_incomplete"}  # settings the cache does not depend on
+
+
+class SliceCache:
+    """Axial slices (RAS axis 2) of some subjects, memory-mapped.
+
+    ``contrasts``: the sources and then the target; ``subjects``: ids in the order of their rows;
+    ``image_size``: S; ``len(cache)``: number of slices.
+    """
+
+    def __init__(self, folder: Path, index: dict):
+        size, names = index["settings"]["image_size"], index["contrasts"]
+        self.folder, self.contrasts, self.image_size = Path(folder), list(names), size
+        self.subjects = [entry["id"] for entry in index["subjects"]]
+        self._rows = {entry["id"]: range(*entry["rows"]) for entry in index["subjects"]}
+        self._scaling = {
+            entry["id"]: {name: Scaling(*entry["scaling"][name]) for name in names} for entry in index["subjects"]
+        }
+        count = index["subjects"][-1]["rows"][1]
+        self._slices = np.memmap(folder / SLICES, "<f4", "r", shape=(count, len(names), size, size))
+        self._foreground = np.memmap(folder / FOREGROUND, "u1", "r", shape=(count, size, size))
+        self._lo, self._gain = (np.empty((count, len(names), 1, 1), np.float32) for _ in range(2))
+        for subject, rows in self._rows.items():
+            scalings = self._scaling[subject].values()
+            self._lo[rows.start : rows.stop, :, 0, 0] = [scaling.lo for scaling in scalings]
+            self._gain[rows.start : rows.stop, :, 0, 0] = [scaling.gain for scaling in scalings]
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def rows_of(self, subject: str) -> np.ndarray:
+        """The rows of one subject, int64, from its lowest kept slice upwards. Raises KeyError if it is not here."""
+        return np.arange(self._rows[subject].start, self._rows[subject].stop, dtype=np.int64)
+
+    def scaling(self, subject: str, contrast: str) -> Scaling:
+        """The subject's own scaling of a contrast. Raises KeyError if either is not here."""
+        return self._scaling[subject][contrast]
+
+    def median_p995(self, contrast: str) -> float:
+        """Median over the subjects of the contrast's 99.5 percentile in the foreground (the scaling's upper end)."""
+        return float(np.median([self._scaling[subject][contrast].hi for subject in self.subjects]))
+
+    def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows (B,) int64 -> ``sources`` (B, Cs, S, S) and ``target`` (B, 1, S, S), both float32, scaled by each
+        scan's own percentiles and clipped to [-1, 1], and ``foreground`` (B, 1, S, S) bool."""
+        rows = np.asarray(rows, np.int64)
+        scaled = (self._slices[rows] - self._lo[rows]) * self._gain[rows] - np.float32(1)
+        np.clip(scaled, -1, 1, out=scaled)
+        return {
+            "sources": np.ascontiguousarray(scaled[:, :-1]),
+            "target": np.ascontiguousarray(scaled[:, -1:]),
+            "foreground": self._foreground[rows][:, None] > 0,
+        }
+
+    @classmethod
+    def build(
+        cls, folder: str | Path, cohort: Cohort, subjects: Iterable[str], data_config: DataConfig, *,
+        progress: Progress | None = None,
+    ) -> SliceCache:  # fmt: skip
+        """Read the subjects one after the other and write the cache, replacing one that is there.
+
+        Raises PhmdiffError: what ``load_subject`` and ``fit_scaling`` raise (exit 3), NO_SLICES if no
+        slice has ``min_foreground`` (exit 3), CACHE_WRITE (exit 74). Then nothing half-written stays.
+        """
+        folder, subjects = Path(folder), list(subjects)
+        contrasts = [*data_config.sources, data_config.target]
+        index = {"version": VERSION, "settings": _settings(data_config), "contrasts": contrasts, "subjects": []}
+        rows = 0
+        with _new_files(folder) as (slices, foreground, index_file):
+            for done, subject in enumerate(subjects, 1):
+                entry, images, inside = _prepare(cohort, subject, contrasts, data_config)
+                slices.write(images.tobytes())
+                foreground.write(inside.tobytes())
+                entry["rows"] = [rows, rows + len(images)]
+                rows += len(images)
+                index["subjects"].append(entry)
+                if progress:
+                    progress(done, len(subjects), subject)
+            if not rows:
+                raise PhmdiffError(
+                    "NO_SLICES",
+                    f"no slice of {len(subjects)} subjects has a foreground share of {data_config.min_foreground:g}",
+                    "lower data.min_foreground", file=cohort.root,
+                )  # fmt: skip
+            index_file.write(json.dumps(index, indent=1).encode())
+        return cls(folder, index)
+
+    @classmethod
+    def open(cls, folder: str | Path, cohort: Cohort, subjects: Iterable[str], data_config: DataConfig) -> SliceCache:
+        """Open the cache if it is that of these subjects, settings and source files.
+
+        Raises PhmdiffError CACHE_STALE (exit 3) saying what differs: a source file counts as changed when
+        its size, or its time and its content (SHA-256), differ.
+        """
+        folder = Path(folder)
+        index, reason = _read_index(folder)
+        reason = reason or _stale(index, folder, cohort, list(subjects), data_config)
+        if reason:
+            raise PhmdiffError("CACHE_STALE", reason, "build the cache anew", file=folder)
+        return cls(folder, index)
+
+    @classmethod
+    def ensure(
+        cls, folder: str | Path, cohort: Cohort, subjects: Iterable[str], data_config: DataConfig, *,
+        progress: Progress | None = None,
+    ) -> tuple[SliceCache, str | None]:  # fmt: skip
+        """``open`` where that works (then None), else ``build`` (then why). Raises what ``build`` raises."""
+        subjects = list(subjects)
+        try:
+            return cls.open(folder, cohort, subjects, data_config), None
+        except PhmdiffError as problem:
+            if problem.code != "CACHE_STALE":
+                raise
+            return cls.build(folder, cohort, subjects, data_config, progress=progress), problem.what
+
+
+def _prepare(cohort: Cohort, subject_id: str, contrasts: list[str], data_config: DataConfig):
+    """The index entry of a subject, its kept slices (n, contrasts, S, S) float32 and foreground (n, S, S) uint8."""
+    files = cohort.files[subject_id]
+    used = [*contrasts, "mask"] if "mask" in files else contrasts
+    first = data_config.sources[0]
+    # Taken before reading: a file that changes in between is then seen as changed at the next opening.
+    facts = {name: _file_facts(files[name], subject_id, name) for name in used if name in files}
+    subject = load_subject(cohort, subject_id, contrasts, foreground_from=first, with_seg=False)
+    plane = InPlane(subject.foreground.shape[:2], data_config.image_size, data_config.crop)
+    inside = plane.to_grid(subject.foreground, 0) >= 0.5
+    kept = inside.mean(axis=(1, 2)) >= data_config.min_foreground
+    images = np.empty((int(kept.sum()), len(contrasts), *inside.shape[1:]), "<f4")
+    scaling = {}
+    for channel, name in enumerate(contrasts):
+        image = subject.images[name]
+        try:
+            fitted = fit_scaling(image, subject.foreground)
+        except PhmdiffError as problem:
+            raise problem.located(subject=subject_id, contrast=name, file=files[name]) from None
+        scaling[name] = [fitted.lo, fitted.hi]
+        images[:, channel] = plane.to_grid(image[:, :, kept], float(image.min()))
+    return {"id": subject_id, "scaling": scaling, "files": facts}, images, inside[kept].astype(np.uint8)
+
+
+@contextmanager
+def _new_files(folder: Path):
+    """Three files that replace those of the cache when the block ends well, and vanish when it does not."""
+    temporary = {folder / f"{name}.tmp": folder / name for name in (SLICES, FOREGROUND, INDEX)}
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open(path, "wb")) for path in temporary]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        # From here until the last rename there is no index, so no cache that could be taken for whole.
+        (folder / INDEX).unlink(missing_ok=True)
+        for path, final in temporary.items():
+            os.replace(path, final)
+    except OSError as problem:
+        free = shutil.disk_usage(folder).free if folder.exists() else 0
+        raise PhmdiffError("CACHE_WRITE", f"the slice cache cannot be written ({problem.strerror}; {free} bytes free)",
+                           "make room or choose another folder", exit_code=IO, file=folder) from None  # fmt: skip
+    finally:
+        if folder.is_dir():
+            for path in temporary:
+                path.unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _settings(data_config: DataConfig) -> dict:
+    return data_config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+
+
+def _file_facts(path: Path, subject: str, contrast: str) -> dict:
+    try:
+        facts = os.stat(path)
+        return {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "sha256": _sha256(path)}
+    except OSError as problem:
+        raise PhmdiffError("UNREADABLE", f"cannot be read ({problem.strerror})", "check path and permissions",
+                           subject=subject, contrast=contrast, file=path) from None  # fmt: skip
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_index(folder: Path) -> tuple[dict, str | None]:
+    """The index and None, or an empty one and why there is none."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}, "there is no cache yet"
+    except (OSError, ValueError) as problem:
+        return {}, f"its index cannot be read ({problem})"
+    if not isinstance(index, dict) or index.get("version") != VERSION:
+        return {}, "it has another version"
+    return index, None
+
+
+def _stale(index: dict, folder: Path, cohort: Cohort, subjects: list[str], data_config: DataConfig) -> str | None:
+    """What makes the cache another one than is asked for, or None."""
+    old, new = index["settings"], _settings(data_config)
+    changed = [
+        f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]
+    if changed:
+        return "settings changed: " + ", ".join(changed)
+    if [entry["id"] for entry in index["subjects"]] != subjects:
+        return "other subjects"
+    for entry in index["subjects"]:
+        files = cohort.files.get(entry["id"], {})
+        if ("mask" in files) != ("mask" in entry["files"]):
+            return f"{entry['id']}: a mask came or went"
+        for name, facts in entry["files"].items():
+            if name not in files or _file_changed(files[name], facts):
+                return f"{entry['id']}/{name}: the source file changed"
+    area = data_config.image_size**2 * index["subjects"][-1]["rows"][1]
+    for name, expected in ((SLICES, area * 4 * len(index["contrasts"])), (FOREGROUND, area)):
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected:
+            return f"{name} is missing or has another size"
+    return None
+
+
+def _file_changed(path: Path, facts: dict) -> bool:
+    try:
+        now = os.stat(path)
+        if now.st_size != facts["size"]:
+            return True
+        return now.st_mtime_ns != facts["mtime_ns"] and _sha256(path) != facts["sha256"]
+    except OSError:
+        return True  # reading it says why
+
+
+def batch_rows(num_rows: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
+    """The rows (B,) int64 of a step: a pure function of its arguments, so a resumed run sees the same batches.
+
+    Every epoch is a permutation of all rows, drawn from Philox with the key (seed, epoch); batches
+    run on over the ends of epochs. Raises ValueError unless num_rows and batch_size are positive.
+    """
+    if num_rows < 1 or batch_size < 1:
+        raise ValueError(f"num_rows {num_rows} and batch_size {batch_size} must be positive")
+    at = step * batch_size + np.arange(batch_size, dtype=np.int64)
+    epochs = at // num_rows
+    rows = np.empty(batch_size, np.int64)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        here = epochs == epoch
+        rows[here] = _permutation(num_rows, seed, epoch)[at[here] % num_rows]
+    return rows
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
+    order.setflags(write=False)  # cached: shared by all callers
+    return order

@@ -1,0 +1,276 @@
+"""The command line. Every command imports what it needs inside, so that --help costs no torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from . import __version__
+from .errors import BACKEND, IO, MEMORY, USAGE, DataErrors, PhmdiffError
+
+PRESETS = "xs|s4|b4|l4|paper"  # config.PRESETS, named here so that --help need not import it; a test holds them equal
+DATA = click.argument("data", metavar="DATA", type=click.Path(path_type=Path))
+RUN = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+                      help="Where to compute.")  # fmt: skip
+QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="phmdiff-fast")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Synthesize a missing medical scan from the ones that exist (PHMDiff, arXiv 2507.16579).
+
+    Research use only, never a diagnosis.
+    """
+
+
+@cli.command()
+@DATA
+@click.option("--source", "sources", multiple=True, help="A contrast that has to be there (repeat for several).")
+@click.option("--target", help="The contrast to synthesize; has to be there too.")
+@click.option("--split", type=click.Path(path_type=Path), help="Look only at the people of this split file.")
+@QUIET
+def check(data, sources, target, split, quiet) -> None:
+    """List every problem of a cohort before anything is trained.
+
+    DATA is a folder in BraTS 2021 or 2023/24 layout, or a CSV list (subject,contrast,path). Without
+    --source and --target a contrast that only some people have is a note, not a problem.
+    """
+    from .data import check_cohort, discover, read_split
+    from .report import cohort_table
+
+    cohort = discover(data)
+    subjects = list(cohort.files)
+    if split is not None:
+        chosen = read_split(split, subjects)
+        subjects = [s for part in chosen.values() for s in part]
+    wanted = [*_names(sources), *_names([target] if target else [])]
+    with _bar(len(subjects), "checking", quiet) as meter:
+        report = check_cohort(cohort, contrasts=wanted or None, subjects=subjects, progress=lambda *_: meter.update())
+    click.echo(cohort_table(report.rows))
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    if report.problems:
+        raise DataErrors(report.problems)
+    click.echo(f"{len(subjects)} people in {cohort.layout} layout, no problem found")
+
+
+@cli.command()
+@DATA
+@click.option("--source", "sources", multiple=True, help="Source contrast, e.g. t1 (repeat, or t1,flair).")
+@click.option("--target", help="Contrast to synthesize, e.g. t2.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder; an existing run goes on.")
+@click.option("--preset", help=f"Size and settings: {PRESETS}.  [default: xs]")
+@click.option("--minutes", type=float, help="Wall-clock budget of the training.")
+@click.option("--steps", type=int, help="Optimizer steps, instead of --minutes.")
+@click.option("--image-size", type=int, help="In-plane size after centre crop or pad and area resampling.  [default: 64]")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file with settings.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.lr=5e-4 (repeat).")
+@click.option("--split", type=click.Path(path_type=Path), help='JSON {"train": [ids], "val": [ids], "test": [ids]}.')
+@click.option("--skip-incomplete", is_flag=True, help="Leave people without every contrast asked for out.")
+@click.option("--seed", type=int, help="Seed of weights, noise, masks, order and split.  [default: 0]")
+@DEVICE
+@QUIET
+def train(data, sources, target, out, preset, minutes, steps, image_size, config_file, settings, split,
+          skip_incomplete, seed, device, quiet) -> None:  # fmt: skip
+    """Train a model on a cohort: masked pre-training, then unmasked fine-tuning.
+
+    Settings are taken from the preset, then --config, then the options, then --set; later ones win.
+    """
+    from .config import build_config, load_toml, parse_set
+
+    flags: dict = {"data": {}, "train": {}}
+    given = [("data", "sources", _names(sources) or None), ("data", "target", target),
+             ("data", "image_size", image_size), ("data", "skip_incomplete", skip_incomplete or None),
+             ("train", "minutes", minutes), ("train", "steps", steps), ("train", "seed", seed),
+             ("train", "device", device if device != "auto" else None)]  # fmt: skip
+    for table, key, value in given:
+        if value is not None:
+            flags[table][key] = value
+    base: dict = {}
+    if (out / "run.json").is_file() and preset is None and config_file is None:
+        base = load_toml(out / "config.toml")  # an existing run goes on with its own settings
+        if minutes is not None or steps is not None:
+            for key in ("minutes", "steps"):
+                base["train"].pop(key, None)
+    elif not sources or not target:
+        from_file = load_toml(config_file).get("data", {}) if config_file else {}
+        if not ({"sources", "target"} <= {*from_file, *flags["data"]}):
+            raise PhmdiffError("USAGE", "train needs --source and --target", "e.g. --source t1 --target t2", exit_code=USAGE)
+    overlays = [base, load_toml(config_file) if config_file else {}, flags, parse_set(settings)]
+    config = build_config(preset or "xs", *overlays, file=config_file)
+
+    from .train import train as run_training
+
+    run_training(data, out, config, split_file=split, progress=not quiet)
+
+
+@cli.command()
+@RUN
+@click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the volumes.")
+@click.option("--steps", type=int, help="Sampling steps: 1 is the direct estimate, more is DDIM.  [default: 1]")
+@click.option("--seed", type=int, help="Seed of the noise.  [default: 0]")
+@click.option("--batch-size", type=int, help="Slices at a time.  [default: 32]")
+@OVERWRITE
+@DEVICE
+@QUIET
+def sample(run, inputs, out, steps, seed, batch_size, overwrite, device, quiet) -> None:
+    """Synthesize the missing contrast of each INPUT with a trained RUN.
+
+    INPUT is a NIfTI file (runs with one source), a subject's folder, or a whole cohort. Each volume is
+    written on its input's grid as <subject>_<contrast>_syn.nii.gz, with a JSON sidecar.
+    """
+    from .generate import load
+    from .generate import sample as synthesize_all
+
+    settings = _sample_settings(steps=steps, seed=seed, batch_size=batch_size)
+    opened = load(run, device=device, warn=_warn)
+    with _bar(None, "synthesizing", quiet) as meter:
+
+        def count(subject: str, done: int, total: int) -> None:
+            meter.total = total
+            meter.update(done - meter.n)
+
+        for path in synthesize_all(opened, inputs, out, settings, overwrite=overwrite, progress=count):
+            click.echo(path)
+
+
+@cli.command()
+@RUN
+@DATA
+@click.option("--protocol", "protocols", multiple=True, help="phmdiff-slice or brain (repeat).  [default: both]")
+@click.option("--baselines", is_flag=True, help="Also a lookup table and a U-Net trained as long as the model was.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table and each person's figures.")
+@click.option("--on", "part", type=click.Choice(["test", "val", "train"]), default="test", show_default=True,
+              help="Which people of the run's split.")  # fmt: skip
+@click.option("--steps", type=int, help="Sampling steps.  [default: 1]")
+@click.option("--seed", type=int, help="Seed of the noise.  [default: 0]")
+@OVERWRITE
+@DEVICE
+@QUIET
+def evaluate(run, data, protocols, baselines, json_file, part, steps, seed, overwrite, device, quiet) -> None:
+    """Score a RUN on people it has not seen, at the run's image size; mean and deviation over people."""
+    from .evaluate import evaluate as score
+    from .evaluate import write_table
+    from .generate import load
+    from .report import format_table
+
+    settings = _sample_settings(steps=steps, seed=seed)
+    if json_file is not None and json_file.exists() and not overwrite:
+        raise PhmdiffError("OUTPUT_EXISTS", "exists", "choose another file, or give --overwrite",
+                           exit_code=USAGE, file=json_file)  # fmt: skip
+    opened = load(run, device=device, warn=_warn)
+    with _bar(100, "training the U-Net baseline", quiet or not baselines, "%") as meter:
+        result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
+                       baselines=baselines, progress=lambda share: meter.update(100 * share - meter.n))  # fmt: skip
+    size = opened.config.data.image_size
+    click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: "
+               f"{', '.join(case.subject for case in result.cases)}; scored at {size}x{size}, {settings.steps} step(s)")  # fmt: skip
+    click.echo(format_table(result.rows))
+    if result.unet_steps is not None:
+        click.echo(f"model: {opened.found.step} steps, U-Net: {result.unet_steps} steps, "
+                   f"{opened.found.manifest['seconds']:.0f} s each")  # fmt: skip
+    if json_file is not None:
+        write_table(json_file, result, overwrite=overwrite)
+
+
+@cli.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo_out"), show_default=True, help="Folder.")
+@click.option("--minutes", type=float, default=2.5, show_default=True, help="Training time (the U-Net takes as long).")
+@click.option("--subjects", type=click.IntRange(5, 500), default=12, show_default=True, help="Simulated patients.")
+@click.option("--image-size", type=int, default=64, show_default=True, help="In-plane size.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything.")
+@OVERWRITE
+@QUIET
+def demo(out, minutes, subjects, image_size, seed, overwrite, quiet) -> None:
+    """The main job with no data of yours: simulate patients, check, train, sample, evaluate, one page."""
+    from .demo import run_demo
+
+    page = run_demo(out, minutes=minutes, num_subjects=subjects, image_size=image_size, seed=seed,
+                    overwrite=overwrite, progress=not quiet)  # fmt: skip
+    click.echo(f"\nopen {page.resolve()}")
+
+
+@cli.command()
+def doctor() -> None:
+    """What is installed, which backend each operation will use, and why."""
+    from .doctor import report
+
+    for line in report():
+        click.echo(line)
+
+
+def _names(items) -> list[str]:
+    """("t1", "t2,flair") -> ["t1", "t2", "flair"]."""
+    return [name for item in items for name in item.split(",") if name]
+
+
+def _warn(line: str) -> None:
+    click.echo(f"phmdiff-fast: {line} An older checkpoint is used.", err=True)
+
+
+def _bar(total, label: str, quiet: bool, unit: str = "subject"):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=label, unit=unit, disable=quiet, leave=False, file=sys.stderr, dynamic_ncols=True)
+
+
+def _sample_settings(**given):
+    from .config import build_config
+
+    return build_config("xs", {"sample": {key: value for key, value in given.items() if value is not None}}).sample
+
+
+def _fail(lines: list[str], code: int) -> None:
+    for line in lines:
+        print(f"phmdiff-fast: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _is_backend_error(problem: Exception) -> bool:
+    """A forced kernel that cannot run; asked by name, so that no error costs an import of torch."""
+    return type(problem).__name__ == "BackendError"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; every foreseen failure is one line on stderr and its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    try:
+        sys.exit(cli.main(args=arguments, prog_name="phmdiff-fast", standalone_mode=False) or 0)
+    except click.exceptions.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except click.ClickException as problem:
+        where = f" See: {problem.ctx.command_path} --help" if getattr(problem, "ctx", None) else ""
+        _fail([f"error[USAGE] {problem.format_message()}{where}"], USAGE)
+    except DataErrors as problems:
+        if debug:
+            raise
+        _fail(problems.lines(), problems.exit_code)
+    except PhmdiffError as problem:
+        if debug:
+            raise
+        _fail([problem.line()], problem.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except OSError as problem:
+        if debug:
+            raise
+        _fail([f"error[IO] {problem.filename or ''}: {problem.strerror or problem}. Check the path and the disk."], IO)
+    except MemoryError:
+        if debug:
+            raise
+        _fail(["error[MEMORY] not enough memory. Lower train.batch_size or --image-size."], MEMORY)
+    except RuntimeError as problem:
+        if debug or not _is_backend_error(problem):
+            raise
+        _fail([f"error[BACKEND] {problem}."], BACKEND)

@@ -1,0 +1,243 @@
+"""Settings: what can be chosen, its default, and where a choice comes from (preset, TOML, --set).
+
+Imported by every room, imports none of them. A settings file has the tables ``[data]``,
+``[model]``, ``[train]`` and ``[sample]``; an unknown or wrongly typed key is refused with the
+nearest known name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import USAGE, PhmdiffError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+
+class LevelSpec(Settings):
+    """One level of the pyramid, fine (0) to coarse."""
+
+    mask_ratio: float = Field(0.5, ge=0.0, lt=1.0)  # r0 of III.B.1, before the complexity term
+    weight: float = Field(1.0, ge=0.0)  # of this level in the loss
+
+
+def default_levels() -> list[LevelSpec]:
+    return [LevelSpec(mask_ratio=r) for r in (0.75, 0.5, 0.25)]
+
+
+class DataConfig(Settings):
+    sources: list[str] = Field(default_factory=lambda: ["t1"], min_length=1)
+    target: str = "t2"
+    image_size: int = Field(64, ge=8, le=1024)  # in-plane, after crop or pad and area resampling
+    crop: int | None = Field(None, ge=8)  # side in voxels of the centre crop; None: longer in-plane side
+    min_foreground: float = Field(0.01, ge=0.0, lt=1.0)  # a training slice has at least this share
+    skip_incomplete: bool = False  # leave subjects without every contrast asked for out
+
+    @model_validator(mode="after")
+    def _target_is_no_source(self):
+        if self.target in self.sources:
+            raise ValueError(f"target {self.target!r} is also a source")
+        if len(set(self.sources)) != len(self.sources):
+            raise ValueError("a source is named twice")
+        return self
+
+
+class ModelConfig(Settings):
+    depth: int = Field(6, ge=1)
+    width: int = Field(192, ge=16)
+    heads: int = Field(3, ge=1)
+    decoder_depth: int = Field(2, ge=1)
+    decoder_width: int = Field(96, ge=16)
+    decoder_heads: int = Field(3, ge=1)
+    patch: int = Field(4, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+    levels: list[LevelSpec] = Field(default_factory=default_levels, min_length=1, max_length=5)
+    complexity_gain: float = Field(0.2, ge=0.0)  # the 0.2 of r_n = clip(r0_n + 0.2 (1 - c_n / mean c), ...)
+    decoder_input: Literal["noisy", "token"] = "noisy"
+    prediction: Literal["x0", "eps"] = "x0"
+    scale_state: bool = True  # x0 form: the state times sqrt(abar) keeps the noise out at high t
+    stem: bool = True  # convolutions over the sources, once a slice
+    stem_width: int = Field(32, ge=4)
+    head: bool = True  # convolutions over the unpatchified tokens, with the stem's maps as skips
+    head_width: int = Field(32, ge=4)
+    timesteps: int = Field(1000, ge=2)
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide(self):
+        for width, heads, name in ((self.width, self.heads, "width"), (self.decoder_width, self.decoder_heads, "decoder_width")):
+            if width % heads or (width // heads) % 2 or width % 4:
+                raise ValueError(f"{name} {width} must be a multiple of 4 and of 2 x its heads ({heads})")
+        if self.beta_end < self.beta_start:
+            raise ValueError("beta_end is below beta_start")
+        return self
+
+
+class TrainConfig(Settings):
+    minutes: float | None = Field(None, gt=0)  # wall-clock budget; or
+    steps: int | None = Field(None, ge=1)  # optimizer steps
+    batch_size: int = Field(16, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    min_lr_ratio: float = Field(0.02, ge=0, le=1)  # the cosine ends at lr times this
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(50, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.99, ge=0, lt=1)
+    finetune_share: float = Field(0.4, ge=0, le=1)  # last share of the budget is unmasked (III.B.3)
+    last_t_share: float = Field(0.5, ge=0, le=1)  # of samples at t = T - 1, where 1-step sampling looks
+    loss: Literal["l2", "l1"] = "l2"
+    mmd_weight: float = Field(0.05, ge=0)  # lambda of L_low + L_mid + L_high (Eq. 6)
+    mmd_rows: int = Field(256, ge=2, le=1024)  # patch vectors a level, chosen by Philox
+    token_x0_weight: float = Field(0.1, ge=0)  # decoder_input="token": x0 loss of masked tokens
+    flip: bool = True
+    gamma: float = Field(0.35, ge=0)  # the source's gamma is exp(U(-gamma, gamma))
+    scale: float = Field(0.15, ge=0, lt=1)  # the source's brightness is times U(1 - scale, 1 + scale)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor multiplies it natively
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, ge=0, lt=2**32)
+    checkpoint_every: float = Field(120.0, gt=0)  # seconds between checkpoints
+    keep: int = Field(2, ge=1)  # newest checkpoints kept
+
+
+class SampleConfig(Settings):
+    steps: int = Field(1, ge=1)
+    sampler: Literal["ddim"] = "ddim"  # steps = 1 is the x0 estimate at t = T
+    batch_size: int = Field(32, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+class Config(Settings):
+    """All settings of a run."""
+
+    data: DataConfig = Field(default_factory=DataConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+
+    def to_toml(self) -> str:
+        """The settings as TOML text; ``None`` values are left out."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
+
+
+def _vit(depth, width, heads, decoder_depth, **more) -> dict[str, Any]:
+    model = dict(depth=depth, width=width, heads=heads, decoder_depth=decoder_depth,
+                 decoder_width=width // 2, decoder_heads=more.pop("decoder_heads", heads))  # fmt: skip
+    return {"model": model | more.pop("model", {}), **more}
+
+
+# DESIGN section 4: name -> tables laid over the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "xs": _vit(6, 192, 3, 2),
+    "s4": _vit(12, 384, 6, 4, train={"lr": 3e-4, "batch_size": 32}),
+    "b4": _vit(12, 768, 12, 4, train={"lr": 2e-4, "batch_size": 32}),
+    "l4": _vit(24, 1024, 16, 4, train={"lr": 1e-4, "batch_size": 32}),
+    # The paper: Adam 1e-6, batch 10, eps, no stem, no head. It gives no size, so the size is ours (s4).
+    "paper": _vit(12, 384, 6, 4,
+                  model={"prediction": "eps", "stem": False, "head": False, "scale_state": False},
+                  train={"lr": 1e-6, "batch_size": 10, "weight_decay": 0.0, "betas": [0.9, 0.999],
+                         "mmd_weight": 0.5, "last_t_share": 0.0, "warmup_steps": 0, "min_lr_ratio": 1.0}),  # fmt: skip
+}
+
+
+def _merge(base: dict, over: dict) -> dict:
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _nearest(word: str, known) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(sorted(known))
+
+
+def _keys(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    out = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        out[name] = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    return out
+
+
+def _refuse_unknown(table: dict, model: type[BaseModel], prefix: str, file) -> None:
+    known = _keys(model)
+    for key, value in table.items():
+        if key not in known:
+            raise PhmdiffError("CONFIG_KEY", f"unknown setting {prefix + key!r}",
+                               _nearest(key, known), exit_code=USAGE, file=file)  # fmt: skip
+        if known[key] is not None:
+            if not isinstance(value, dict):
+                raise PhmdiffError("CONFIG_KEY", f"{key!r} is a table of settings, not a value",
+                                   f"write {key}.NAME = VALUE", exit_code=USAGE, file=file)  # fmt: skip
+            _refuse_unknown(value, known[key], f"{prefix}{key}.", file)
+
+
+def parse_set(items: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """``["train.lr=1e-3", ...]`` -> nested tables; the value is read as TOML, else as text."""
+    out: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        parts = key.strip().split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            raise PhmdiffError("CONFIG_KEY", f"--set {item!r} is not TABLE.KEY=VALUE",
+                               "write it like train.lr=1e-3", exit_code=USAGE)  # fmt: skip
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        table = value
+        for part in reversed(parts):
+            table = {part: table}
+        out = _merge(out, table)
+    return out
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """Tables of a TOML file. Raises PhmdiffError(exit 2) if it is missing or no TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise PhmdiffError("CONFIG_FILE", f"cannot be read ({problem.strerror})",
+                           "check the path given to --config", exit_code=USAGE, file=path) from None  # fmt: skip
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise PhmdiffError("CONFIG_FILE", f"is no TOML: {problem}", "correct that line",
+                           exit_code=USAGE, file=path) from None  # fmt: skip
+
+
+def build_config(preset: str = "xs", *overrides: dict[str, Any], file=None) -> Config:
+    """A preset with tables laid over it, later ones winning.
+
+    Raises PhmdiffError (exit 2) naming the key, what is wrong and the nearest known name.
+    """
+    if preset not in PRESETS:
+        raise PhmdiffError("CONFIG_PRESET", f"unknown preset {preset!r}", _nearest(preset, PRESETS), exit_code=USAGE)
+    tables = PRESETS[preset]
+    for over in overrides:
+        _refuse_unknown(over, Config, "", file)
+        tables = _merge(tables, over)
+    try:
+        return Config.model_validate(tables)
+    except ValidationError as problems:
+        first = problems.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        given = first.get("input")
+        detail = f"{key} = {given!r}: " if not isinstance(given, dict) else f"{key}: "
+        raise PhmdiffError("CONFIG_VALUE", detail + first["msg"], "correct the setting",
+                           exit_code=USAGE, file=file) from None  # fmt: skip

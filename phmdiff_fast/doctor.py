@@ -1,0 +1,44 @@
+"""What is installed, which backend each operation uses, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+
+from . import __version__, has_extension
+from .attention import backend_name
+from .device import has_native_bf16, pick_device, pick_precision
+
+PACKAGES = ("torch", "triton", "xformers", "numpy", "nibabel", "scipy", "scikit-image", "safetensors",
+            "matplotlib", "nilearn", "nvtx", "pytest-benchmark")  # fmt: skip
+KERNELS = ("draw_mask", "embed_visible", "restore_tokens", "adaln_modulate", "gated_residual_adaln", "mmd2")
+PYRAMID = ("build_pyramid", "merge_state", "upsample_add", "haar3d")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> list[str]:
+    """Lines for people: versions, device, precision, backend of each operation with its reason."""
+    import torch
+
+    device = pick_device("auto")
+    dtype = pick_precision("auto", device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    lines = [f"phmdiff-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    lines += [f"  {package:<17}{_version(package)}" for package in PACKAGES]
+    lines.append(f"  {'nvcc':<17}{shutil.which('nvcc') or 'not found'}")
+    native = "native" if has_native_bf16(device) else "not native, so float32 is faster"
+    lines.append(f"device: {name}; precision auto -> {str(dtype)[6:]} (bf16 is {native})")
+    lines.append("operations:")
+    lines += [f"  {op:<22}reference: no Triton kernel in this version" for op in KERNELS]
+    reason = "built, but this version does not use it" if has_extension() else "the extension is not built"
+    lines += [f"  {op:<22}reference: {reason}" for op in PYRAMID]
+    lines.append(f"  {'attention':<22}{backend_name(device.type, dtype)}")
+    return lines

@@ -1,0 +1,41 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """shadow <- d shadow + (1 - d) weights with d = min(decay, (1 + step) / (10 + step)).
+
+    The warm-up lets the average forget the random start within a short training.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.names = [name for name, _ in model.named_parameters()]
+        self._weights = [p for _, p in model.named_parameters()]
+        self.shadow = [p.detach().clone() for p in self._weights]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the model's weights after optimizer step ``step`` (counted from 0) in."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.shadow, self._weights, 1 - decay)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.shadow, strict=True))
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, value in zip(self.names, self.shadow, strict=True):
+            value.copy_(state[name])
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the model's weights with the average (call again to undo)."""
+        for weight, shadow in zip(self._weights, self.shadow, strict=True):
+            held = weight.detach().clone()
+            weight.copy_(shadow)
+            shadow.copy_(held)

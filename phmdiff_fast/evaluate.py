@@ -1,0 +1,138 @@
+"""How good a run is on people it has not seen, beside its baselines. Read it downward."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import metrics
+from .baselines import LookupTable, train_unet, unet_predict
+from .cache import SliceCache
+from .config import SampleConfig
+from .data import Cohort, DataErrors, discover, load_subject, select_subjects
+from .errors import DATA, USAGE, PhmdiffError
+from .generate import Run, foreground_slices, in_plane, predict, scaled_slices
+
+METHODS = ("ours", "lookup", "unet_l1")
+
+
+@dataclass
+class Case:
+    """One person on the network's grid: sources (Z, Cs, S, S), target (Z, S, S), foreground (Z, S, S) bool."""
+
+    subject: str
+    sources: np.ndarray
+    target: np.ndarray
+    foreground: np.ndarray
+
+
+@dataclass
+class Evaluation:
+    """``rows`` for the table; ``values[method][protocol][subject][metric]``; ``made[method][subject]`` (Z, S, S)."""
+
+    rows: list[dict]
+    values: dict
+    made: dict
+    cases: list[Case]
+    unet_steps: int | None
+
+
+def load_case(run: Run, cohort: Cohort, subject_id: str) -> Case:
+    """Read one person; sources and target each scaled by their own percentiles, as in training."""
+    contrasts = [*run.sources, run.target]
+    subject = load_subject(cohort, subject_id, contrasts, foreground_from=run.sources[0], with_seg=False)
+    plane = in_plane(run, subject)
+    scaled = {c: scaled_slices(subject.images[c], subject.foreground, plane) for c in contrasts}
+    sources = np.stack([scaled[c] for c in run.sources], 1)
+    return Case(subject_id, sources, scaled[run.target], foreground_slices(subject.foreground, plane))
+
+
+def people(run: Run, cohort: Cohort, part: str) -> list[str]:
+    """The run's own test (or val) people that are in this cohort, all contrasts there."""
+    split = json.loads((run.folder / "split.json").read_text())
+    chosen = [s for s in split[part] if s in cohort.files]
+    if not chosen:
+        raise PhmdiffError("NO_TEST", f"holds none of the run's {len(split[part])} {part} people",
+                           "give the cohort it was trained on, or train with --split", exit_code=DATA,
+                           file=cohort.root)  # fmt: skip
+    return select_subjects(cohort, run.config.data, chosen)
+
+
+def predictors(run: Run, cohort: Cohort, settings: SampleConfig, baselines: bool, progress) -> tuple[dict, int | None]:
+    """method -> function (sources (Z, Cs, S, S)) -> (Z, S, S); and the U-Net's steps."""
+    out: dict[str, Callable] = {"ours": lambda sources: predict(run, sources, settings)}
+    if not baselines:
+        return out, None
+    split = json.loads((run.folder / "split.json").read_text())
+    used = [*split["train"], *split["val"]]
+    select_subjects(cohort, run.config.data, used)
+    cache, _ = SliceCache.ensure(run.folder / "cache", cohort, used, run.config.data)
+    rows = np.concatenate([cache.rows_of(s) for s in split["train"]])
+    table = LookupTable.fit(cache, rows)
+    seconds = float(run.found.manifest["seconds"])
+    unet, steps = train_unet(cache, rows, run.config.train, seconds, run.device, run.dtype,
+                             channels=len(run.sources), progress=progress)  # fmt: skip
+    out["lookup"] = table.predict
+    out["unet_l1"] = lambda sources: unet_predict(unet, sources, run.device, run.dtype)
+    return out, steps
+
+
+def evaluate(
+    run: Run, data_path, settings: SampleConfig, *, protocols: tuple[str, ...] = ("phmdiff-slice", "brain"),
+    part: str = "test", baselines: bool = False, progress=None, keep_images: bool = False,
+) -> Evaluation:  # fmt: skip
+    """Score a run on its test people, at the run's image size.
+
+    baselines : also fit a lookup table and train a U-Net with L1 for the wall-clock the model had
+    part : which list of the run's split; progress(share) hears of the U-Net's training
+    Raises PhmdiffError (2 unknown protocol, 3 data). A person that fails stops the evaluation:
+    nobody is averaged away.
+    """
+    for name in protocols:
+        if name not in metrics.PROTOCOLS:
+            raise PhmdiffError("PROTOCOL", f"unknown protocol {name!r}", f"known: {', '.join(metrics.PROTOCOLS)}",
+                               exit_code=USAGE)  # fmt: skip
+    cohort = discover(data_path)
+    subjects = people(run, cohort, part)
+    problems, cases = [], []
+    for subject in subjects:
+        try:
+            cases.append(load_case(run, cohort, subject))
+        except PhmdiffError as problem:
+            problems.append(problem)
+    if problems:
+        raise DataErrors(problems)
+    functions, unet_steps = predictors(run, cohort, settings, baselines, progress)
+    values: dict = {m: {p: {} for p in protocols} for m in functions}
+    made: dict = {m: {} for m in functions}
+    for case in cases:
+        for method, function in functions.items():
+            image = function(case.sources)
+            if keep_images:
+                made[method][case.subject] = image
+            for name in protocols:
+                values[method][name][case.subject] = metrics.PROTOCOLS[name](image, case.target, case.foreground)
+    rows = [
+        {"method": method, "protocol": protocol, "metric": metric, **figures}
+        for method in functions
+        for protocol in protocols
+        for metric, figures in metrics.summarise(values[method][protocol]).items()
+    ]
+    return Evaluation(rows, values, made, cases, unet_steps)
+
+
+def write_table(path, evaluation: Evaluation, *, overwrite: bool = False) -> None:
+    """The JSON of ``evaluate --json``: {"rows": [...], "subjects": {...}}. Raises OUTPUT_EXISTS (exit 2)."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise PhmdiffError("OUTPUT_EXISTS", "exists", "choose another file, or give --overwrite",
+                           exit_code=USAGE, file=path)  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps({"rows": evaluation.rows, "subjects": evaluation.values}, indent=1) + "\n")
+    os.replace(partial, path)

@@ -1,0 +1,338 @@
+"""Training, from a cohort on disk to a run folder. Read it downward.
+
+    RUN/ config.toml  run.json (version, subjects, scalings, mask ratios)  split.json
+         cache/  log.jsonl  checkpoints/step-N/  pictures/step-N.png  pictures/curves.png
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import __version__, checkpoint, data, pictures
+from .augment import augment
+from .cache import SliceCache, batch_rows
+from .config import Config, load_toml
+from .device import autocast, pick_device, pick_precision
+from .ema import EMA
+from .errors import NONFINITE, USAGE, DataErrors, PhmdiffError
+from .masking import level_complexity
+from .phmdiff import PHMDiff
+
+HELD_OUT_SLICES = 4  # in the picture strip
+VALIDATION_SLICES = 64  # at most, evenly spaced, for the validation figure of a checkpoint
+LOG_EVERY = 10
+
+
+@dataclass
+class Budget:
+    """How far a training is, in [0, 1]: by steps, or by seconds of wall-clock."""
+
+    steps: int | None
+    seconds: float | None
+
+    def share(self, step: int, seconds: float) -> float:
+        parts = [step / self.steps] if self.steps else []
+        parts += [seconds / self.seconds] if self.seconds else []
+        return max(parts)
+
+
+def learning_rate(config, step: int, share: float) -> float:
+    """Linear warm-up over ``warmup_steps``, then a cosine over the budget down to min_lr_ratio."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def bar(total, label: str, unit: str, enabled: bool):
+    """A progress bar on stderr (none when ``enabled`` is false)."""
+    return tqdm(total=total, desc=label, unit=unit, disable=not enabled, leave=False, dynamic_ncols=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def prepare_split(cohort: data.Cohort, config: Config, split_file) -> dict[str, list[str]]:
+    """The split to train by; every subject in it has every contrast asked for."""
+    if split_file is None:
+        return data.make_split(data.select_subjects(cohort, config.data), config.train.seed)
+    split = data.read_split(split_file, list(cohort.files))
+    chosen = data.select_subjects(cohort, config.data, [s for part in split.values() for s in part])
+    return {name: [s for s in part if s in chosen] for name, part in split.items()}
+
+
+def refuse_bad_cohort(cohort: data.Cohort, config: Config, subjects: list[str], progress: bool) -> None:
+    """Read everything that will be trained on; raise DataErrors naming all that is wrong."""
+    with bar(len(subjects), "checking", "subject", progress) as meter:
+        report = data.check_cohort(
+            cohort, contrasts=[*config.data.sources, config.data.target], subjects=subjects,
+            progress=lambda *_: meter.update(),
+        )  # fmt: skip
+    if report.problems:
+        raise DataErrors(report.problems)
+
+
+def open_cache(out: Path, cohort: data.Cohort, config: Config, subjects: list[str], progress: bool) -> SliceCache:
+    """The slice cache of a run, rebuilt (and said so) when a source file or a setting changed."""
+    try:
+        return SliceCache.open(out / "cache", cohort, subjects, config.data)
+    except PhmdiffError as stale:
+        if (out / "cache" / "index.json").exists():
+            say(f"phmdiff-fast: slice cache is built again: {stale.what}")
+    refuse_bad_cohort(cohort, config, subjects, progress)
+    with bar(len(subjects), "preparing", "subject", progress) as meter:
+        return SliceCache.build(out / "cache", cohort, subjects, config.data, progress=lambda *_: meter.update())
+
+
+def rows_of(cache: SliceCache, subjects: list[str]) -> np.ndarray:
+    """Row numbers (n,) int64 of some subjects' slices."""
+    parts = [np.asarray(cache.rows_of(subject), dtype=np.int64) for subject in subjects]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def spaced(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of ``rows``, evenly spaced from end to end."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+
+
+def as_tensors(cache: SliceCache, rows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sources (B, Cs, S, S), target (B, 1, S, S)) of cache rows, float32 in [-1, 1]."""
+    batch = cache.batch(rows)
+    return torch.from_numpy(batch["sources"]).to(device), torch.from_numpy(batch["target"]).to(device)
+
+
+def measure_complexity(cache: SliceCache, rows: np.ndarray, levels: int) -> list[float]:
+    """c_n of III.B.1 over the training foreground (targets of at most 256 slices)."""
+    batch = cache.batch(spaced(rows, 256))
+    return level_complexity(torch.from_numpy(batch["target"]), torch.from_numpy(batch["foreground"]), levels)
+
+
+@dataclass
+class HeldOut:
+    """Fixed slices nobody trains on, their figure and their picture."""
+
+    sources: torch.Tensor
+    target: torch.Tensor
+    rows: np.ndarray
+    who: str
+
+    def look(self, model: PHMDiff, device, dtype, path: Path, step: int) -> float:
+        """Mean slice PSNR (dB, data range 2) of 1-step synthesis; draws the strip to ``path``."""
+        with autocast(device, dtype):
+            ids = torch.from_numpy(self.rows).to(device)
+            made = model.translate(self.sources, ids)[0].float()
+        mse = (made - self.target).square().flatten(1).mean(1).clamp_min(1e-12)
+        shown = spaced(np.arange(len(made)), HELD_OUT_SLICES + 2)[1:-1]  # the outermost slices show little
+        strip_rows = [
+            {
+                "label": f"{self.who} {self.rows[i]}",
+                "source": [s.cpu().numpy() for s in self.sources[i]],
+                "synthesized": made[i, 0].cpu().numpy(),
+                "truth": self.target[i, 0].cpu().numpy(),
+            }
+            for i in (shown if len(shown) else range(len(made)))
+        ]
+        pictures.strip(path, strip_rows, title=f"step {step}")
+        return float((10 * torch.log10(4 / mse)).mean())
+
+
+def held_out(cache: SliceCache, split: dict[str, list[str]], device) -> HeldOut:
+    """Slices of the validation people, else (too few people for any) of the training people."""
+    name = "val" if split["val"] else "train"
+    rows = spaced(rows_of(cache, split[name]), VALIDATION_SLICES)
+    return HeldOut(*as_tensors(cache, rows, device), rows, "held-out slice" if name == "val" else "training slice")
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log.jsonl; a last line cut off by a crash is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file) -> tuple[Config, dict, bool]:
+    """(config, split, resumed): a new run folder, or what an existing one was begun with."""
+    if (out / "run.json").exists():
+        begun = Config.model_validate(load_toml(out / "config.toml"))
+        differing = [
+            f"{table}.{key}"
+            for table in ("data", "model", "train")
+            for key, value in getattr(config, table).model_dump().items()
+            if value != getattr(begun, table).model_dump()[key] and key not in ("minutes", "steps", "device", "keep")
+        ]
+        if differing:
+            raise PhmdiffError("RUN_DIFFERS", f"was begun with other settings: {', '.join(differing)}",
+                               "give the same settings to go on, or another --out", exit_code=USAGE, file=out)  # fmt: skip
+        split = json.loads((out / "split.json").read_text())
+        if split_file is not None and data.read_split(split_file, list(cohort.files)) != split:
+            raise PhmdiffError("RUN_DIFFERS", "was begun with another split",
+                               "give the same --split, or another --out", exit_code=USAGE, file=out)  # fmt: skip
+        return config, split, True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PhmdiffError("OUTPUT_EXISTS", "exists and is no run folder", "choose another --out",
+                           exit_code=USAGE, file=out)  # fmt: skip
+    return config, prepare_split(cohort, config, split_file), False
+
+
+def train(data_path, out, config: Config, *, split_file=None, progress: bool = True) -> Path:
+    """Train a run, or go on with one from its newest checkpoint; returns the run folder.
+
+    data_path : cohort folder or CSV list; out : run folder; config : all settings, with
+    ``train.minutes`` or ``train.steps`` set. Raises PhmdiffError (2 settings, 3 data, 4 checkpoint,
+    5 non-finite loss, 74 disk).
+    """
+    # --- settings, data, split
+    out, tc = Path(out), config.train
+    if tc.minutes is None and tc.steps is None:
+        raise PhmdiffError("NO_BUDGET", "neither --minutes nor --steps is given", "give one", exit_code=USAGE)
+    device = pick_device(tc.device)
+    dtype = pick_precision(tc.precision, device)
+    cohort = data.discover(data_path)
+    config, split, resumed = start_folder(out, config, cohort, split_file)
+    made_here = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        cache = open_cache(out, cohort, config, [*split["train"], *split["val"]], progress)
+    except BaseException:
+        if made_here:  # nothing half-written: a folder that never held a run goes again
+            for leftover in (out / "cache", out):
+                if leftover.is_dir() and not any(leftover.iterdir()):
+                    leftover.rmdir()
+        raise
+    train_rows = rows_of(cache, split["train"])
+    if len(train_rows) < tc.batch_size:
+        raise PhmdiffError("TOO_FEW_SLICES", f"{len(train_rows)} training slices for a batch of {tc.batch_size}",
+                           "lower train.batch_size or add subjects", file=str(data_path))  # fmt: skip
+
+    # --- model, optimizer, average
+    torch.manual_seed(tc.seed)  # initial weights; all later randomness is counter-based
+    if resumed:
+        facts = json.loads((out / "run.json").read_text())
+    else:
+        facts = {
+            "version": __version__,
+            "sources": config.data.sources,
+            "target": config.data.target,
+            "complexity": measure_complexity(cache, train_rows, len(config.model.levels)),
+            "median_p995": cache.median_p995(config.data.target),
+            "slices": int(len(train_rows)),
+        }
+    model = PHMDiff(config.model, len(config.data.sources), 1, facts["complexity"]).to(device)
+    facts["mask_ratios"] = model.ratios
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=tc.lr, betas=tc.betas, weight_decay=tc.weight_decay, fused=True
+    )
+    ema = EMA(model, tc.ema)
+    watched = held_out(cache, split, device)
+
+    # --- state: newest checkpoint, or step 0
+    step, before = 0, 0.0
+    latest = checkpoint.newest(out / "checkpoints", warn=lambda line: say(f"phmdiff-fast: {line} An older one is used."))
+    if latest is not None:
+        model.load_state_dict(latest.tensors("model", device))
+        ema.load_state_dict(latest.tensors("ema", device))
+        checkpoint.load_optimizer(optimizer, model, latest.tensors("optimizer", device))
+        step, before = latest.step, float(latest.manifest["seconds"])
+        say(f"phmdiff-fast: going on from step {step} of {out}")
+    (out / "config.toml").write_text(config.to_toml())
+    write_json(out / "split.json", split)
+    write_json(out / "run.json", facts)
+    (out / "pictures").mkdir(exist_ok=True)
+
+    budget = Budget(tc.steps, tc.minutes * 60 if tc.minutes else None)
+    if budget.share(step, before) >= 1:
+        say(f"phmdiff-fast: {out} already has its {step} steps; give a larger budget to train on")
+        return out
+
+    # --- the loop
+    log = open(out / "log.jsonl", "a", buffering=1)
+    begun = last_saved = time.monotonic()
+    meter = bar(100, "training", "%", progress)
+    masked, first_step = True, step
+
+    def seconds() -> float:
+        return before + time.monotonic() - begun
+
+    def save() -> None:
+        """Checkpoint, validation figure and picture of the averaged weights."""
+        ema.swap()
+        picture = out / "pictures" / f"step-{step:08d}.png"
+        psnr = watched.look(model.eval(), device, dtype, picture, step)
+        ema.swap()
+        model.train()
+        log.write(json.dumps({"step": step, "seconds": round(seconds(), 3), "val_psnr": psnr}) + "\n")
+        groups = {"model": model.state_dict(), "ema": ema.state_dict(),
+                  "optimizer": checkpoint.optimizer_tensors(optimizer, model)}  # fmt: skip
+        checkpoint.save(out / "checkpoints", step, groups,
+                        {"seconds": seconds(), "version": __version__, "val_psnr": psnr}, keep=tc.keep)  # fmt: skip
+        pictures.curves(out / "pictures" / "curves.png", read_log(out / "log.jsonl"))
+
+    try:
+        while (share := budget.share(step, seconds())) < 1:
+            masked = share < 1 - tc.finetune_share
+            rng = (tc.seed, step)
+            rows = train_rows[batch_rows(len(train_rows), tc.batch_size, seed=tc.seed, step=step)]
+            sample_ids = torch.from_numpy(rows).to(device)
+            sources, target = augment(*as_tensors(cache, rows, device), sample_ids, rng, tc)
+
+            with autocast(device, dtype):
+                terms = model.loss(target, sources, sample_ids, rng, tc, masked=masked)
+            optimizer.zero_grad(set_to_none=True)
+            terms.total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), tc.grad_clip)
+            # On a GPU reading the norm waits for the step, so it is read only when a line is logged.
+            reads = device.type == "cpu" or step % LOG_EVERY == 0
+            if reads and not math.isfinite(float(norm)):
+                raise PhmdiffError("NONFINITE", f"loss or gradient is not finite at step {step}, slices {rows.tolist()}",
+                                   "lower train.lr, or look at these slices", exit_code=NONFINITE)  # fmt: skip
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(tc, step, share)
+            optimizer.step()
+            ema.update(step)
+            step += 1
+
+            if step % LOG_EVERY == 0 or step == 1:
+                rate = (step - first_step) * tc.batch_size / (time.monotonic() - begun)
+                record = {"step": step, "seconds": round(seconds(), 3), "loss": float(terms.total),
+                          "denoise": terms.denoise.tolist(), "mmd": terms.mmd.tolist(),
+                          "lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2),
+                          "stage": "masked" if masked else "unmasked"}  # fmt: skip
+                log.write(json.dumps(record) + "\n")
+                meter.set_postfix_str(f"step {step}, {rate:.0f} images/s, loss {record['loss']:.4f}")
+            meter.update(min(100.0, 100 * budget.share(step, seconds())) - meter.n)
+            if time.monotonic() - last_saved > tc.checkpoint_every:
+                save()
+                last_saved = time.monotonic()
+        save()
+    except KeyboardInterrupt:
+        save()
+        say(f"phmdiff-fast: stopped at step {step}; the same command goes on from there")
+        raise
+    finally:
+        meter.close()
+        log.close()
+    say(f"phmdiff-fast: {step} steps in {seconds():.0f} s on {device.type}, {str(dtype)[6:]}; run folder {out}")
+    return out

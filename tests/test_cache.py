@@ -1,0 +1,383 @@
+"""The slice cache: what it holds, what makes it stale, what a failed build leaves; the order of batches."""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phmdiff_fast.cache import SliceCache, batch_rows
+from phmdiff_fast.config import DataConfig
+from phmdiff_fast.data import discover, load_subject, select_subjects
+from phmdiff_fast.errors import PhmdiffError
+from phmdiff_fast.grid import InPlane, fit_scaling
+from phmdiff_fast.nifti import write_volume
+
+REPO = Path(__file__).resolve().parent.parent
+REAL = Path(os.environ.get("PHMDIFF_REAL_DATA", REPO / "../shared/data/brain"))
+real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no real scans at {REAL} (set PHMDIFF_REAL_DATA)")
+
+SHAPE = (13, 16, 9)
+SUBJECTS = ("anna", "bela")
+CONFIG = DataConfig(image_size=8)
+
+
+def scan(seed):
+    """0 outside a box; the lowest two and the highest slice are empty."""
+    voxels = np.zeros(SHAPE, np.int16)
+    voxels[2:11, 3:14, 2:8] = np.random.default_rng(seed).integers(1, 1000, (9, 11, 6))
+    return voxels
+
+
+def save(path, voxels, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, np.diag([1, 1, 2, 1.0]) if affine is None else affine), path)
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    for number, subject in enumerate(SUBJECTS):
+        for other, contrast in enumerate(("t1", "t2", "flair")):
+            save(tmp_path / "data" / subject / f"{subject}_{contrast}.nii.gz", scan(10 * number + other))
+    return discover(tmp_path / "data")
+
+
+@pytest.fixture
+def cache(cohort, tmp_path):
+    return SliceCache.build(tmp_path / "cache", cohort, SUBJECTS, CONFIG)
+
+
+def refused(call, *args, **how):
+    with pytest.raises(PhmdiffError) as caught:
+        call(*args, **how)
+    return caught.value
+
+
+# ---------------------------------------------------------------- what it holds
+
+
+def test_rows_and_names(cache):
+    assert len(cache) == 12
+    assert cache.contrasts == ["t1", "t2"]
+    assert cache.subjects == ["anna", "bela"]
+    assert cache.rows_of("anna").tolist() == list(range(6))
+    assert cache.rows_of("bela").tolist() == list(range(6, 12))
+    assert cache.rows_of("bela").dtype == np.int64
+    with pytest.raises(KeyError):
+        cache.rows_of("carl")
+
+
+def test_a_batch_is_the_scaled_volume_on_the_network_grid(cache, cohort):
+    rows = np.array([7, 0, 11, 7])
+    batch = cache.batch(rows)
+    assert {name: (part.shape, part.dtype.name) for name, part in batch.items()} == {
+        "sources": ((4, 1, 8, 8), "float32"), "target": ((4, 1, 8, 8), "float32"), "foreground": ((4, 1, 8, 8), "bool"),
+    }  # fmt: skip
+    assert all(part.flags.c_contiguous for part in batch.values())
+    plane = InPlane(SHAPE[:2], 8)
+    for at, row in enumerate(rows):
+        subject = load_subject(cohort, SUBJECTS[row // 6], ["t1", "t2"], foreground_from="t1")
+        for part, contrast in (("sources", "t1"), ("target", "t2")):
+            scaling = fit_scaling(subject.images[contrast], subject.foreground)
+            assert scaling == cache.scaling(subject.id, contrast)
+            expected = scaling.forward(plane.to_grid(subject.images[contrast], 0.0)[2 + row % 6])
+            np.testing.assert_allclose(batch[part][at, 0], expected, atol=1e-6)
+        inside = plane.to_grid(subject.foreground, 0.0)[2 + row % 6] >= 0.5
+        assert np.array_equal(batch["foreground"][at, 0], inside)
+
+
+def test_several_sources_come_in_order(cohort, tmp_path):
+    config = DataConfig(sources=["flair", "t1"], target="t2", image_size=8)
+    cache = SliceCache.build(tmp_path / "cache", cohort, SUBJECTS, config)
+    assert cache.contrasts == ["flair", "t1", "t2"]
+    both = cache.batch(np.arange(12))
+    one = SliceCache.build(tmp_path / "one", cohort, SUBJECTS, CONFIG).batch(np.arange(12))
+    assert both["sources"].shape == (12, 2, 8, 8)
+    assert np.array_equal(both["sources"][:, 1:], one["sources"])
+    assert np.array_equal(both["target"], one["target"])
+
+
+def test_what_is_stored_is_raw(cache, cohort, tmp_path):
+    stored = np.fromfile(tmp_path / "cache" / "slices.bin", "<f4").reshape(12, 2, 8, 8)
+    expected = InPlane(SHAPE[:2], 8).to_grid(scan(10).astype(np.float32), 0.0)[2:8]
+    np.testing.assert_allclose(stored[6:, 0], expected, rtol=1e-6)
+    assert stored.max() > 100
+
+
+def test_median_of_the_upper_percentiles(cache):
+    ends = [cache.scaling(subject, "t2").hi for subject in SUBJECTS]
+    assert ends[0] != ends[1]
+    assert cache.median_p995("t2") == pytest.approx(np.mean(ends))
+
+
+def test_slices_with_too_little_foreground_are_left_out(cohort, tmp_path):
+    everything = SliceCache.build(tmp_path / "a", cohort, SUBJECTS, CONFIG.model_copy(update={"min_foreground": 0.0}))
+    assert len(everything) == 2 * SHAPE[2]
+    share = everything.batch(np.arange(9))["foreground"].mean((1, 2, 3)).max()
+    just = CONFIG.model_copy(update={"min_foreground": float(share)})
+    assert len(SliceCache.build(tmp_path / "b", cohort, SUBJECTS, just)) == 12
+    above = CONFIG.model_copy(update={"min_foreground": float(share) + 0.01})
+    assert refused(SliceCache.build, tmp_path / "c", cohort, SUBJECTS, above).code == "NO_SLICES"
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_loop_from_file_to_cache_to_file(tmp_path):
+    """DESIGN section 5: without a model the same voxels and affine come back."""
+    voxels = np.random.default_rng(0).integers(0, 2**15, (11, 9, 14)).astype(np.int16)
+    voxels[:2] = 0
+    affine = np.array([[0, -1.1, 0, 7], [0, 0, 2.2, -8], [-0.9, 0, 0, 9.7], [0, 0, 0, 1]])
+    for contrast in ("t1", "t2"):
+        save(tmp_path / "p" / f"p_{contrast}.nii.gz", voxels, affine)
+        voxels = voxels[::-1].copy()
+    cohort = discover(tmp_path)
+    config = DataConfig(image_size=14, min_foreground=0.0)
+    cache = SliceCache.build(tmp_path / "cache", cohort, ["p"], config)
+    subject = load_subject(cohort, "p", ["t1", "t2"], foreground_from="t1")
+    plane = InPlane(subject.foreground.shape[:2], config.image_size)
+    slices = np.fromfile(cache.folder / "slices.bin", "<f4").reshape(len(cache), 2, 14, 14)
+    for channel, contrast in enumerate(cache.contrasts):
+        out = write_volume(tmp_path / f"{contrast}.nii.gz", plane.from_grid(slices[:, channel], 0.0), subject.grid)
+        before, after = nib.load(cohort.files["p"][contrast]), nib.load(out)
+        assert np.array_equal(after.get_fdata(), before.get_fdata())
+        assert np.array_equal(after.affine, before.affine)
+
+
+def test_progress_is_told(cohort, tmp_path):
+    calls = []
+    SliceCache.build(tmp_path / "cache", cohort, SUBJECTS, CONFIG, progress=lambda *call: calls.append(call))
+    assert calls == [(1, 2, "anna"), (2, 2, "bela")]
+
+
+# ---------------------------------------------------------------- open, ensure, stale
+
+
+def test_ensure_builds_once(cohort, tmp_path):
+    cache, why = SliceCache.ensure(tmp_path / "cache", cohort, SUBJECTS, CONFIG)
+    assert why == "there is no cache yet"
+    before = (tmp_path / "cache" / "slices.bin").stat().st_mtime_ns
+    again, why = SliceCache.ensure(tmp_path / "cache", cohort, SUBJECTS, CONFIG)
+    assert why is None
+    assert (tmp_path / "cache" / "slices.bin").stat().st_mtime_ns == before
+    one, two = cache.batch(np.arange(12)), again.batch(np.arange(12))
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def later(path):
+    """Move a file's time on by a second, as another write would."""
+    facts = path.stat()
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**9))
+
+
+def test_a_touched_source_is_the_same(cache, cohort, tmp_path):
+    later(cohort.files["bela"]["t2"])
+    assert len(SliceCache.open(tmp_path / "cache", cohort, SUBJECTS, CONFIG)) == 12
+
+
+def test_settings_without_effect_do_not_matter(cache, cohort, tmp_path):
+    config = CONFIG.model_copy(update={"skip_incomplete": True})
+    assert len(SliceCache.open(tmp_path / "cache", cohort, SUBJECTS, config)) == 12
+
+
+def change_size(cohort, tmp_path):
+    save(cohort.files["bela"]["t2"], scan(77))
+
+
+def change_content(cohort, tmp_path):
+    path = cohort.files["bela"]["t2"]
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+    later(path)
+
+
+def drop_source(cohort, tmp_path):
+    cohort.files["bela"]["t2"].unlink()
+
+
+def add_mask(cohort, tmp_path):
+    save(tmp_path / "data" / "anna" / "anna_mask.nii.gz", np.ones(SHAPE, np.uint8))
+
+
+def cut_slices(cohort, tmp_path):
+    path = tmp_path / "cache" / "slices.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def drop_foreground(cohort, tmp_path):
+    (tmp_path / "cache" / "foreground.bin").unlink()
+
+
+def cut_index(cohort, tmp_path):
+    path = tmp_path / "cache" / "index.json"
+    path.write_text(path.read_text()[:-5])
+
+
+def other_version(cohort, tmp_path):
+    path = tmp_path / "cache" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 0}))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (change_size, "bela/t2"),
+        (change_content, "bela/t2"),
+        (drop_source, "bela/t2"),
+        (add_mask, "mask"),
+        (cut_slices, "slices.bin"),
+        (drop_foreground, "foreground.bin"),
+        (cut_index, "index"),
+        (other_version, "version"),
+    ],
+)
+def test_a_changed_file_makes_it_stale(cache, cohort, tmp_path, change, told):
+    change(cohort, tmp_path)
+    problem = refused(SliceCache.open, tmp_path / "cache", discover(tmp_path / "data"), SUBJECTS, CONFIG)
+    assert (problem.code, problem.exit_code) == ("CACHE_STALE", 3)
+    assert told in problem.what
+
+
+@pytest.mark.parametrize(
+    ("subjects", "changes", "told"),
+    [
+        (("anna",), {}, "other subjects"),
+        (("bela", "anna"), {}, "other subjects"),
+        (SUBJECTS, {"image_size": 9}, "image_size 8 -> 9"),
+        (SUBJECTS, {"crop": 10}, "crop None -> 10"),
+        (SUBJECTS, {"min_foreground": 0.05}, "min_foreground 0.01 -> 0.05"),
+        (SUBJECTS, {"target": "flair"}, "target 't2' -> 'flair'"),
+    ],
+)
+def test_ensure_rebuilds_for_other_settings(cache, cohort, tmp_path, subjects, changes, told):
+    config = CONFIG.model_copy(update=changes)
+    rebuilt, why = SliceCache.ensure(tmp_path / "cache", cohort, subjects, config)
+    assert told in why
+    assert rebuilt.subjects == list(subjects)
+    assert SliceCache.ensure(tmp_path / "cache", cohort, subjects, config)[1] is None
+
+
+def test_ensure_reads_a_changed_scan_anew(cache, cohort, tmp_path):
+    change_size(cohort, tmp_path)
+    rebuilt, why = SliceCache.ensure(tmp_path / "cache", cohort, SUBJECTS, CONFIG)
+    assert "bela/t2" in why
+    expected = fit_scaling(scan(77).astype(np.float32), scan(10) > 0)
+    assert rebuilt.scaling("bela", "t2") == expected
+    # An open cache keeps the old files: a rebuild beside it does not pull them away.
+    assert cache.batch(np.arange(12))["target"].shape == (12, 1, 8, 8)
+
+
+# ---------------------------------------------------------------- builds that fail
+
+
+def test_a_bad_scan_is_located_and_nothing_stays(cohort, tmp_path):
+    path = cohort.files["bela"]["t2"]
+    path.write_bytes(path.read_bytes()[:-40])
+    problem = refused(SliceCache.build, tmp_path / "cache", cohort, SUBJECTS, CONFIG)
+    assert (problem.code, problem.subject, problem.contrast) == ("NII_TRUNC", "bela", "t2")
+    assert not (tmp_path / "cache").exists()
+    path.unlink()
+    assert refused(SliceCache.build, tmp_path / "cache", cohort, SUBJECTS, CONFIG).code == "UNREADABLE"
+
+
+def test_a_scan_that_is_constant_inside_is_located(cohort, tmp_path):
+    voxels = np.where(scan(10) > 0, 5, 0).astype(np.int16)
+    save(cohort.files["bela"]["t2"], voxels)
+    problem = refused(SliceCache.build, tmp_path / "cache", cohort, SUBJECTS, CONFIG)
+    assert (problem.code, problem.subject, problem.contrast) == ("NII_CONSTANT", "bela", "t2")
+
+
+def test_a_failed_rebuild_leaves_the_old_cache(cache, cohort, tmp_path):
+    cohort.files["bela"]["flair"].write_bytes(b"")
+    other = CONFIG.model_copy(update={"target": "flair"})
+    assert refused(SliceCache.ensure, tmp_path / "cache", cohort, SUBJECTS, other).code == "NII_EMPTY"
+    assert sorted(os.listdir(tmp_path / "cache")) == ["foreground.bin", "index.json", "slices.bin"]
+    assert len(SliceCache.open(tmp_path / "cache", cohort, SUBJECTS, CONFIG)) == 12
+
+
+def test_a_full_disk_leaves_nothing(cohort, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        problem = refused(SliceCache.build, tmp_path / "cache", cohort, SUBJECTS, CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (problem.code, problem.exit_code) == ("CACHE_WRITE", 74)
+    assert "bytes free" in problem.what
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_alone(cohort, tmp_path):
+    (tmp_path / "cache").write_text("precious")
+    assert refused(SliceCache.ensure, tmp_path / "cache", cohort, SUBJECTS, CONFIG).code == "CACHE_WRITE"
+    assert (tmp_path / "cache").read_text() == "precious"
+
+
+# ---------------------------------------------------------------- the order of batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 50), batch=st.integers(1, 70), seed=st.integers(0, 2**32 - 1), first=st.integers(0, 10**6))
+def test_every_epoch_visits_every_row_once(rows, batch, seed, first):
+    start = first * batch
+    steps = -(-2 * rows // batch) + 1
+    run = np.concatenate([batch_rows(rows, batch, seed=seed, step=first + step) for step in range(steps)])
+    assert run.dtype == np.int64
+    skip = -start % rows  # to the next beginning of an epoch
+    epoch = run[skip : skip + rows]
+    assert sorted(epoch) == list(range(rows))
+
+
+def test_the_order_is_a_pure_function():
+    def run(steps):
+        return {step: batch_rows(37, 8, seed=3, step=step).tolist() for step in steps}
+
+    forward, backward = run(range(40)), run(reversed(range(40)))
+    assert forward == backward
+    whole = [row for step in range(40) for row in forward[step]]
+    other = [row for step in range(80) for row in batch_rows(37, 4, seed=3, step=step)]
+    assert whole == other  # the batch size cuts one and the same sequence
+
+
+def test_seeds_and_epochs_differ():
+    orders = {tuple(batch_rows(20, 20, seed=seed, step=step)) for seed in range(5) for step in range(5)}
+    assert len(orders) == 25
+
+
+def test_a_batch_can_be_changed_without_changing_the_order():
+    first = batch_rows(10, 10, seed=0, step=0)
+    kept = first.copy()
+    first[:] = 0
+    assert np.array_equal(batch_rows(10, 10, seed=0, step=0), kept)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(0, 4), (4, 0)])
+def test_empty_orders_are_refused(rows, batch):
+    with pytest.raises(ValueError, match="must be positive"):
+        batch_rows(rows, batch, seed=0, step=0)
+
+
+# ---------------------------------------------------------------- real scans
+
+
+@real_data
+def test_the_real_people_with_t1_and_t2(tmp_path):
+    cohort = discover(REAL)
+    config = DataConfig(skip_incomplete=True)
+    people = select_subjects(cohort, config, [name for name in cohort.files if not name.startswith("tpl-")])
+    assert len(people) == 9
+    start = time.perf_counter()
+    cache = SliceCache.build(tmp_path, cohort, people, config)
+    print(f"SliceCache.build: {len(cache)} slices of {len(people)} people in {time.perf_counter() - start:.2f} s")
+    assert all(50 < len(cache.rows_of(person)) < 112 for person in people)
+    batch = cache.batch(batch_rows(len(cache), 64, seed=0, step=0))
+    assert batch["sources"].min() == -1
+    assert batch["sources"].max() == 1
+    inside = batch["target"][batch["foreground"]]
+    assert abs(inside.mean()) < 0.7
+    assert batch["target"][~batch["foreground"]].mean() < -0.9
+    assert SliceCache.ensure(tmp_path, cohort, people, config)[1] is None
