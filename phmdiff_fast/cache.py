@@ -281,6 +281,4 @@ def batch_rows(num_rows: int, batch_size: int, *, seed: int, step: int) -> np.nd
 
 @lru_cache(maxsize=2)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
-    order.setflags(write=False)  # cached: shared by all callers
-    return order
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)

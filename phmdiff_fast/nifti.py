@@ -311,7 +311,7 @@ def _check_size(header: _Header, size: int, zipped: bool, cap: int, path) -> Non
     as_float32 = needed // header.dtype.itemsize * 4
     if as_float32 > cap:
         raise _bad(path, "NII_TOO_BIG", f"claims {header.grid.shape}, {as_float32} bytes as float32, above {cap}",
-                   "crop it or raise --max-volume-gib")  # fmt: skip
+                   "crop it or resample it")  # fmt: skip
     if zipped and needed > DEFLATE_RATIO * size:
         raise _bad(path, "NII_TOO_BIG", f"claims {needed} voxel bytes, more than {size} compressed bytes can hold",
                    "copy or download it again")  # fmt: skip
@@ -326,7 +326,7 @@ def _check_voxels(voxels: np.ndarray, nan: str, allow_constant: bool, path) -> n
         if nan == "raise":
             first = tuple(int(i) for i in np.unravel_index(np.argmin(finite), voxels.shape))
             raise _bad(path, "NII_NONFINITE", f"has {(~finite).sum()} NaN or Inf voxels, the first at {first}",
-                       "repair it, or set them to 0 with --nan zero")  # fmt: skip
+                       "set these voxels to 0 in the file, or leave the subject out")  # fmt: skip
         voxels = np.where(finite, voxels, np.float32(0))
     if not allow_constant and voxels.min() == voxels.max():
         raise _bad(path, "NII_CONSTANT", f"has the value {voxels.flat[0]:g} in every voxel", "leave this scan out")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ FLAIR = (9000.0, 120.0, 2400.0)
 TIMING_SPREAD = 0.03
 
 WARP_MM, WARP_FINE_MM = 6.0, 1.8  # the largest displacement of the coarse and of the fine field
-BIAS = {"t1": 0.22, "t2": 0.16, "flair": 0.16}  # the shading spans exp(-, +)
+BIAS = {"t1": 0.42, "t2": 0.12, "flair": 0.14}  # the shading spans at most exp(-, +)
 NOISE = {"t1": 0.018, "t2": 0.014, "flair": 0.022}  # Rician sigma, as a share of the 99th percentile
 
 # Nuclei rich in iron, whose T2 is short in every adult (Hallgren and Sourander, J. Neurochem. 3:41,
@@ -78,15 +77,14 @@ def simulate_cohort(
         raise PhmdiffError("SIMULATE_VALUE", f"cannot simulate {num_subjects} subjects at {resolution} mm, seed {seed}",
                            "give at least 1 subject, 1 to 8 mm and a seed of 0 or more", exit_code=USAGE)  # fmt: skip
     folder = Path(folder)
-    atlas = load_atlas(float(resolution))
+    names = [f"sim-{i:03d}" for i in range(1, num_subjects + 1)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        if folder.exists() and any(folder.iterdir()):
             raise PhmdiffError("OUTPUT_EXISTS", "the folder is not empty", "choose another one",
                                exit_code=USAGE, file=folder)  # fmt: skip
-        names = [f"sim-{i:03d}" for i in range(1, num_subjects + 1)]
+        atlas = load_atlas(float(resolution))
         for i, name in enumerate(names, start=1):
-            (folder / name).mkdir()
+            (folder / name).mkdir(parents=True)
             for contrast, voxels in simulate_patient(atlas, seed, i).items():
                 write_volume(folder / name / f"{name}_{contrast}.nii.gz", voxels, atlas.grid, descrip=DESCRIP)
             if progress is not None:
@@ -112,7 +110,6 @@ class Atlas:
     points: np.ndarray
 
 
-@lru_cache(maxsize=2)
 def load_atlas(resolution: float) -> Atlas:
     """The MNI152 maps that nilearn carries, ready for patients at ``resolution`` mm.
 
@@ -288,14 +285,16 @@ def _lesion(atlas: Atlas, tissue, brain: np.ndarray, rng: np.random.Generator) -
         centre = atlas.points[(slice(None), *deep[rng.integers(len(deep))])]
         stretch = rng.uniform(0.75, 1.3, 3).astype(np.float32)
         away = (atlas.points - centre[:, None, None, None]) / stretch[:, None, None, None]
-        distance = np.sqrt((away**2).sum(0)) * np.exp(0.22 * rough)
+        distance = np.sqrt((away**2).sum(0)) * np.exp(0.3 * rough)
         rim = 0.1 * radius + 0.6
         np.maximum(out, 1 / (1 + np.exp(np.clip((distance - radius) / rim, -30, 30))), out=out)
     # It grows in white matter, less into cortex, and not into fluid.
     return out * np.clip(tissue["wm"] + 0.6 * tissue["gm"], 0, 1) * brain
 
 
-def _scanned(signal: np.ndarray, contrast: str, brain: np.ndarray, atlas: Atlas, rng: np.random.Generator) -> np.ndarray:
+def _scanned(
+    signal: np.ndarray, contrast: str, brain: np.ndarray, atlas: Atlas, rng: np.random.Generator
+) -> np.ndarray:
     """Shading, Rician noise, skull stripping, gain: (X, Y, Z) float32 whole numbers, 0 outside the brain."""
     shade = _smooth(rng, atlas, 75.0)
     shade -= shade[brain].mean()

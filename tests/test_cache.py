@@ -188,6 +188,13 @@ def change_size(cohort, tmp_path):
     save(cohort.files["bela"]["t2"], scan(77))
 
 
+def change_size_but_not_time(cohort, tmp_path):
+    path = cohort.files["bela"]["t2"]
+    facts = path.stat()
+    path.write_bytes(path.read_bytes() + b"x")
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+
+
 def change_content(cohort, tmp_path):
     path = cohort.files["bela"]["t2"]
     raw = path.read_bytes()
@@ -226,6 +233,7 @@ def other_version(cohort, tmp_path):
     ("change", "told"),
     [
         (change_size, "bela/t2"),
+        (change_size_but_not_time, "bela/t2"),
         (change_content, "bela/t2"),
         (drop_source, "bela/t2"),
         (add_mask, "mask"),

@@ -160,6 +160,11 @@ def test_csv_paths_stay_inside(tmp_path, path):
     assert problem.exit_code == 3
 
 
+def test_csv_paths_are_relative(folder):
+    problem = refused(discover, write_csv(folder, f"anna,t1,{folder}/anna/anna_t1.nii.gz"))
+    assert (problem.code, problem.subject, problem.contrast) == ("PATH_OUTSIDE", "anna", "t1")
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="./ab\\~", max_size=12))
 def test_csv_paths_never_leave_the_folder(tmp_path_factory, path):

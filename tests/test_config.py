@@ -1,0 +1,67 @@
+"""Settings: precedence, round trip, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from phmdiff_fast import cli
+from phmdiff_fast.config import PRESETS, Config, build_config, load_toml, parse_set, tomllib
+from phmdiff_fast.errors import PhmdiffError
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_valid_and_survives_toml(preset):
+    config = build_config(preset)
+    assert Config.model_validate(tomllib.loads(config.to_toml())) == config
+    model = config.model
+    if preset == "paper":
+        assert (config.train.lr, config.train.batch_size, config.train.mmd_weight) == (1e-6, 10, 0.5)
+        assert not (model.stem or model.head)
+        assert model.prediction == "eps"
+    else:
+        sizes = {"xs": (6, 192, 3, 2, 96), "s4": (12, 384, 6, 4, 192), "b4": (12, 768, 12, 4, 384), "l4": (24, 1024, 16, 4, 512)}
+        assert (model.depth, model.width, model.heads, model.decoder_depth, model.decoder_width) == sizes[preset]
+        assert model.patch == 4
+
+
+def test_the_command_line_names_the_presets():
+    assert cli.PRESETS.split("|") == list(PRESETS)
+
+
+def test_later_tables_win():
+    config = build_config("s4", {"train": {"lr": 0.1, "steps": 5}}, parse_set(["train.lr=0.2", "data.target=flair"]))
+    assert (config.train.lr, config.train.steps, config.data.target, config.train.batch_size) == (0.2, 5, "flair", 32)
+
+
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        (["train.lrr=1"], "did you mean 'lr'"),
+        (["trian.lr=1"], "did you mean 'train'"),
+        (["train.lr=nan"], "train.lr"),
+        (["train.lr='fast'"], "train.lr"),
+        (["train.lr=-1"], "greater than 0"),
+        (["train=3"], "TABLE.KEY=VALUE"),
+        (["model.width=190"], "width"),
+        (["model.prediction=v"], "'x0'"),
+        (["data.target=t1"], "also a source"),
+        (["data.sources=[]"], "data.sources"),
+    ],
+)
+def test_mistakes_are_named_with_exit_code_2(items, expected):
+    with pytest.raises(PhmdiffError) as caught:
+        build_config("xs", parse_set(items))
+    assert expected in caught.value.line()
+    assert "\n" not in caught.value.line()
+    assert caught.value.exit_code == 2
+
+
+def test_files_that_are_no_settings(tmp_path):
+    (tmp_path / "a.toml").write_text("[train\n")
+    for path in (tmp_path / "a.toml", tmp_path / "missing.toml"):
+        with pytest.raises(PhmdiffError) as caught:
+            load_toml(path)
+        assert caught.value.exit_code == 2
+        assert str(path) in caught.value.line()
+    with pytest.raises(PhmdiffError, match="did you mean 'xs'"):
+        build_config("xss")

@@ -1,0 +1,131 @@
+"""The network: what it sees, what it must not see, and that every option runs with gradients."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from phmdiff_fast.config import LevelSpec, ModelConfig
+from phmdiff_fast.kernels.patch_mask import draw_mask
+from phmdiff_fast.model import MaskedDiT, dropped_ids, sincos_positions
+
+
+def small(**more) -> ModelConfig:
+    base = dict(depth=2, width=32, heads=2, decoder_depth=1, decoder_width=16, decoder_heads=2, patch=4,
+                stem_width=8, head_width=8, levels=[LevelSpec(mask_ratio=0.5), LevelSpec(mask_ratio=0.25)])  # fmt: skip
+    return ModelConfig(**{**base, **more})
+
+
+def woken(net: MaskedDiT) -> MaskedDiT:
+    """adaLN-Zero starts as the identity; give every zeroed layer something to do."""
+    for parameter in net.parameters():
+        if parameter.abs().sum() == 0:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return net
+
+
+def call(net, level=0, mask=None, size=16, channels=2, **change):
+    g = torch.Generator().manual_seed(2)
+    size >>= level
+    x = dict(y=torch.randn(2, 1, size, size, generator=g), sources=torch.randn(2, channels, size, size, generator=g),
+             t=torch.tensor([900, 40]), abar=torch.tensor([0.02, 0.9]))  # fmt: skip
+    coarsest = level == len(net.config.levels) - 1
+    x["coarse"] = None if coarsest else torch.randn(2, 1, size // 2, size // 2, generator=g)
+    x["eps"] = torch.randn(2, 1, size, size, generator=g)
+    full = torch.randn(2, channels, size << level, size << level, generator=g)
+    x.update(change)
+    maps = net.source_maps(full)
+    up = None if coarsest else torch.nn.functional.interpolate(x["coarse"], scale_factor=2, mode="bilinear")
+    return net(x["y"], x["sources"], x["coarse"], x["t"], x["abar"], level, eps=x["eps"], mask=mask,
+               stem_map=None if maps is None else maps[level], coarse_up=up)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stem", "head", "decoder", "masked"), list(itertools.product([0, 1], [0, 1], ["noisy", "token"], [0, 1]))
+)
+def test_every_option_runs_and_every_parameter_learns(stem, head, decoder, masked):
+    net = woken(MaskedDiT(small(stem=bool(stem), head=bool(head), decoder_input=decoder), 2))
+    total = 0.0
+    for level in (0, 1):
+        num = 16 >> (2 * level)
+        mask = draw_mask(torch.arange(2), num, num // 2, rng=(0, 0)) if masked else None
+        out = call(net, level, mask)
+        assert out.shape == (2, 1, 16 >> level, 16 >> level)
+        total = total + out.square().sum()
+    total.backward()
+    unused = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    waiting = {n for n in unused if n.startswith(("decoder_embedder", "mask_token"))}  # only masked steps use them
+    assert unused == (set() if masked else waiting)
+
+
+def test_masking_nothing_equals_no_mask():
+    net = woken(MaskedDiT(small(), 2))
+    everything = draw_mask(torch.arange(2), 16, 16, rng=(0, 0))
+    torch.testing.assert_close(call(net, mask=everything), call(net), rtol=1e-5, atol=1e-5)
+
+
+def test_the_encoder_sees_kept_patches_only():
+    """Without stem and head and with mask tokens, a dropped patch's input changes nothing anywhere."""
+    net = woken(MaskedDiT(small(stem=False, head=False, decoder_input="token"), 2))
+    ids, inverse = draw_mask(torch.arange(2), 16, 8, rng=(0, 0))
+    y = torch.randn(2, 1, 16, 16)
+    hidden = (inverse < 0).view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    other = torch.where(hidden, torch.randn_like(y), y)
+    assert torch.equal(call(net, mask=(ids, inverse), y=y), call(net, mask=(ids, inverse), y=other))
+    shown = torch.where(hidden, y, torch.randn_like(y))
+    assert not torch.equal(call(net, mask=(ids, inverse), y=y), call(net, mask=(ids, inverse), y=shown))
+
+
+def test_noisy_decoder_input_lets_masked_patches_see_themselves():
+    net = woken(MaskedDiT(small(stem=False, head=False), 2))
+    ids, inverse = draw_mask(torch.arange(2), 16, 8, rng=(0, 0))
+    y = torch.randn(2, 1, 16, 16)
+    hidden = (inverse < 0).view(2, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    other = torch.where(hidden, torch.randn_like(y), y)
+    assert not torch.equal(call(net, mask=(ids, inverse), y=y), call(net, mask=(ids, inverse), y=other))
+
+
+@pytest.mark.parametrize("name", ["y", "eps", "sources", "coarse", "t", "abar"])
+def test_every_input_matters(name):
+    net = woken(MaskedDiT(small(stem=False, head=False), 2))
+    plain = call(net)
+    value = {"t": torch.tensor([1, 2]), "abar": torch.tensor([0.3, 0.4])}.get(name)
+    if value is None:
+        channels, size = {"sources": 2}.get(name, 1), {"coarse": 8}.get(name, 16)
+        value = torch.randn(2, channels, size, size)
+    assert not torch.equal(call(net, **{name: value}), plain)
+
+
+def test_a_sampler_s_state_goes_in_as_y():
+    """y_t / sqrt(abar) without eps is the same state as (y, eps)."""
+    net = woken(MaskedDiT(small(), 2))
+    y, eps, abar = torch.randn(2, 1, 16, 16), torch.randn(2, 1, 16, 16), torch.tensor([0.02, 0.9])
+    root = abar.sqrt()[:, None, None, None]
+    y_t = root * y + (1 - abar).sqrt()[:, None, None, None] * eps
+    torch.testing.assert_close(call(net, y=y_t / root, eps=None), call(net, y=y, eps=eps), rtol=1e-4, atol=1e-4)
+
+
+def test_output_starts_at_zero():
+    for head in (False, True):
+        assert (call(MaskedDiT(small(head=head), 2)) == 0).all()
+
+
+def test_bf16_stays_close_and_returns_float32():
+    net = woken(MaskedDiT(small(), 2))
+    mask = draw_mask(torch.arange(2), 16, 8, rng=(0, 0))
+    exact = call(net, mask=mask).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = call(net, mask=mask).detach()
+    assert rough.dtype == torch.float32
+    assert float((rough - exact).norm() / exact.norm()) < 0.03
+
+
+def test_positions_and_dropped_ids():
+    pos = sincos_positions(3, 5, 16)
+    assert pos.shape == (15, 16)
+    assert len(torch.unique(pos, dim=0)) == 15
+    ids, inverse = draw_mask(torch.arange(3), 10, 4, rng=(0, 0))
+    both = torch.cat([ids, dropped_ids(inverse, 4)], 1).sort(1).values
+    assert both.tolist() == [list(range(10))] * 3

@@ -1,0 +1,167 @@
+"""The method: what a loss is made of, batch invariance, learning, and getting a slice back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phmdiff_fast import losses
+from phmdiff_fast.config import LevelSpec, ModelConfig, TrainConfig
+from phmdiff_fast.diffusion import noised
+from phmdiff_fast.kernels import _philox
+from phmdiff_fast.kernels.mmd import mmd2
+from phmdiff_fast.phmdiff import PHMDiff
+
+SMALL = dict(depth=2, width=64, heads=2, decoder_depth=1, decoder_width=32, decoder_heads=2, patch=4,
+             stem_width=8, head_width=8, levels=[LevelSpec(mask_ratio=r) for r in (0.75, 0.5, 0.25)])  # fmt: skip
+
+
+def small(**more) -> ModelConfig:
+    return ModelConfig(**{**SMALL, **more})
+
+
+def images(n=4, size=32):
+    """A smooth shape as source, its inverted and squared version as target."""
+    axis = torch.linspace(-1, 1, size)
+    x, y = torch.meshgrid(axis, axis, indexing="ij")
+    source = torch.stack([torch.tanh(4 * (0.6 - (x - 0.1 * i) ** 2 - y**2)) * torch.cos(5 * y) for i in range(n)])[:, None]
+    return source, (1 - 2 * source**2).clamp(-1, 1)
+
+
+def one(model, *, masked=True, ids=None, **train):
+    source, target = images()
+    ids = torch.arange(4) if ids is None else ids
+    return model.loss(target[ids % 4], source[ids % 4], ids, (0, 3), TrainConfig(**train), masked=masked)
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps"])
+@pytest.mark.parametrize("masked", [True, False])
+def test_loss_of_an_untrained_model_is_known(prediction, masked):
+    """The output starts at zero, so the loss is the mean square of what is predicted, level by level."""
+    torch.manual_seed(0)
+    model = PHMDiff(small(prediction=prediction), 1)
+    terms = one(model, masked=masked, mmd_weight=0.0)
+    _, target = images()
+    truth, expected = target, []
+    for level in range(3):
+        drawn = _philox.normals(torch.arange(4), truth[0].numel(), rng=(0, 3), stream=1 + level).view_as(truth)
+        expected.append((truth if prediction == "x0" else drawn).square().mean())
+        truth = torch.nn.functional.avg_pool2d(truth, 2)
+    torch.testing.assert_close(terms.denoise, torch.stack(expected))
+    torch.testing.assert_close(terms.total.detach(), torch.stack(expected).mean())
+
+
+def test_level_weights_and_mmd_weight_enter_the_total():
+    levels = [LevelSpec(mask_ratio=0.5, weight=w) for w in (3.0, 1.0, 0.0)]
+    torch.manual_seed(0)
+    terms = one(PHMDiff(small(levels=levels), 1), mmd_weight=0.7)
+    expected = (3 * terms.denoise[0] + terms.denoise[1]) / 4 + 0.7 * terms.mmd.sum()
+    torch.testing.assert_close(terms.total.detach(), expected)
+    assert (terms.mmd > 0).all()
+
+
+def test_l1_is_the_mean_absolute_difference():
+    torch.manual_seed(0)
+    terms = one(PHMDiff(small(), 1), loss="l1")
+    torch.testing.assert_close(terms.denoise[0], images()[1].abs().mean())
+
+
+def test_cross_granularity_is_the_mmd_of_the_chosen_rows():
+    eps, eps_hat = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    rows = [x.unfold(2, 4, 4).unfold(3, 4, 4).reshape(8, 16) for x in (eps, eps_hat)]
+    everything = losses.cross_granularity(eps, eps_hat, 4, 100, torch.arange(2), 0, (0, 0))
+    torch.testing.assert_close(everything, mmd2(rows[1], rows[0]))
+    keys = _philox.integers(torch.arange(2), 4, rng=(0, 0), stream=24).flatten()
+    chosen = keys.argsort()[:5]
+    some = losses.cross_granularity(eps, eps_hat, 4, 5, torch.arange(2), 0, (0, 0))
+    torch.testing.assert_close(some, mmd2(rows[1][chosen], rows[0][chosen]))
+
+
+def test_implied_noise_leaves_nearly_clean_samples_out():
+    y, eps, abar = torch.randn(2, 1, 4, 4), torch.randn(2, 1, 4, 4), torch.tensor([0.5, 0.995])
+    x0 = (y + 0.1).requires_grad_()
+    implied = losses.implied_noise(noised(y, eps, abar), x0, eps, abar)
+    torch.testing.assert_close(implied[0], eps[0] - 0.1)  # sqrt(a) / sqrt(1 - a) = 1 at 0.5
+    assert torch.equal(implied[1], eps[1])
+    implied.sum().backward()
+    assert torch.isfinite(x0.grad).all()
+    assert (x0.grad[1] == 0).all()
+
+
+def test_token_decoder_weighs_hidden_tokens_by_a_tenth():
+    torch.manual_seed(0)
+    model = PHMDiff(small(decoder_input="token", prediction="eps"), 1)
+    terms = one(model, mmd_weight=0.0)
+    _, target = images()
+    from phmdiff_fast.kernels.patch_mask import draw_mask
+
+    _, inverse = draw_mask(torch.arange(4), 64, 16, rng=(0, 3))
+    visible = losses.visible_pixels(inverse, 4, 32, 32)
+    eps = _philox.normals(torch.arange(4), 1024, rng=(0, 3), stream=1).view_as(target)
+    expected = torch.where(visible, eps.square(), 0.1 * target.square()).mean()
+    torch.testing.assert_close(terms.denoise[0], expected)
+
+
+def test_noise_masks_and_times_do_not_depend_on_how_the_batch_is_split():
+    torch.manual_seed(0)
+    model = PHMDiff(small(), 1)
+    for p in model.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    whole = one(model, mmd_weight=0.0).denoise
+    parts = [one(model, ids=torch.tensor(ids), mmd_weight=0.0).denoise for ids in ([0, 1, 2], [3])]
+    torch.testing.assert_close((3 * parts[0] + parts[1]) / 4, whole, rtol=1e-5, atol=1e-6)
+    swapped = one(model, ids=torch.tensor([3, 2, 0, 1]), mmd_weight=0.0).denoise
+    torch.testing.assert_close(swapped, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [32, 15, 33])
+def test_any_size_comes_back_at_its_own_size(size):
+    model = PHMDiff(small(), 1)
+    levels = model.translate(torch.zeros(2, 1, size, size + 1), torch.arange(2))
+    sides, expected = [tuple(x.shape[2:]) for x in levels], [(size, size + 1)]
+    for _ in range(2):
+        expected.append(tuple(-(-n // 2) for n in expected[-1]))
+    assert sides == expected
+
+
+def test_synthesis_does_not_depend_on_the_batch():
+    model = PHMDiff(small(), 1).eval()
+    for p in model.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    source, _ = images()
+    whole = model.translate(source, torch.arange(4), steps=3, seed=5)[0]
+    parts = torch.cat([model.translate(source[i : i + 1], torch.tensor([i]), steps=3, seed=5)[0] for i in range(4)])
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(whole, model.translate(source, torch.arange(4), steps=3, seed=6)[0])
+
+
+@pytest.mark.parametrize("prediction", ["x0", "eps"])
+def test_overfits_one_slice_and_gets_it_back(prediction):
+    """The loss falls, masked and then unmasked, and 1-step (x0) and DDIM give the slice back."""
+    torch.manual_seed(0)
+    model = PHMDiff(small(prediction=prediction, complexity_gain=0.0), 1)
+    config = TrainConfig(last_t_share=0.5 if prediction == "x0" else 0.0, mmd_weight=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    source, target = (x[:1].expand(8, -1, -1, -1) for x in images())
+    ids, curve, total = torch.arange(8), [], 260
+    for step in range(total):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * min(1, (step + 1) / 20) * (1 - step / total)
+        terms = model.loss(target, source, ids, (0, step), config, masked=step < total // 2)
+        optimizer.zero_grad()
+        terms.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        curve.append(float(terms.denoise[0]))
+    first, last = sum(curve[:5]) / 5, sum(curve[-20:]) / 20
+    assert last < 0.1 * first if prediction == "x0" else last < 0.35 * first
+
+    def psnr(steps):
+        made = model.translate(source[:1], torch.tensor([77]), steps=steps, seed=9)[0]
+        return float(10 * torch.log10(4 / (made - target[:1]).square().mean()))
+
+    if prediction == "x0":
+        assert psnr(1) > 26
+    assert psnr(10) > (26 if prediction == "x0" else 15)
