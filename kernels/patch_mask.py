@@ -68,7 +68,7 @@ def embed_visible_reference(
     y, sources, coarse, abar, keep_ids, weight, bias, pos,
     *, eps=None, rng=None, sample_ids=None, stream=None, state_scale=None,
 ):  # fmt: skip
-    batch, channels, height, width = y.shape
+    channels, height, width = y.shape[1:]
     merged = channels + sources.shape[1] + (0 if coarse is None else channels)
     patch = math.isqrt(weight.shape[1] // merged)
     if rng is not None:
@@ -184,9 +184,7 @@ def embed_visible(
     )  # fmt: skip
 
 
-def restore_tokens(
-    x: Tensor, fill: Tensor, inverse: Tensor, pos: Tensor | None, *, impl: str | None = None
-) -> Tensor:
+def restore_tokens(x: Tensor, fill: Tensor, inverse: Tensor, pos: Tensor | None, *, impl: str | None = None) -> Tensor:
     """Visible tokens back among the fill, position added to every row.
 
     Parameters

@@ -16,9 +16,7 @@ from .kernels import _philox
 FLIP, GAMMA, SCALE = (_philox.AUGMENT + n for n in range(3))
 
 
-def augment(
-    sources: Tensor, target: Tensor, sample_ids: Tensor, rng, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
+def augment(sources: Tensor, target: Tensor, sample_ids: Tensor, rng, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """sources (B, Cs, H, W) and target (B, C, H, W) in [-1, 1] -> the same, augmented.
 
     H is the left-right axis (RAS x). A source v in [0, 1] becomes scale v^gamma, clipped, with

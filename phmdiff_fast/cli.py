@@ -9,6 +9,7 @@ import click
 
 from . import __version__
 from .errors import BACKEND, IO, MEMORY, USAGE, DataErrors, PhmdiffError
+from .progress import bar, say, share_bar
 
 PRESETS = "xs|s4|b4|l4|paper"  # config.PRESETS, named here so that --help need not import it; a test holds them equal
 DATA = click.argument("data", metavar="DATA", type=click.Path(path_type=Path))
@@ -42,7 +43,6 @@ def check(data, sources, target, split, quiet) -> None:
     --source and --target a contrast that only some people have is a note, not a problem.
     """
     from .data import check_cohort, discover, read_split
-    from .report import cohort_table
 
     cohort = discover(data)
     subjects = list(cohort.files)
@@ -50,9 +50,9 @@ def check(data, sources, target, split, quiet) -> None:
         chosen = read_split(split, subjects)
         subjects = [s for part in chosen.values() for s in part]
     wanted = [*_names(sources), *_names([target] if target else [])]
-    with _bar(len(subjects), "checking", quiet) as meter:
+    with bar(len(subjects), "checking", not quiet) as meter:
         report = check_cohort(cohort, contrasts=wanted or None, subjects=subjects, progress=lambda *_: meter.update())
-    click.echo(cohort_table(report.rows))
+    click.echo(report.table())
     for note in report.notes:
         click.echo(f"note: {note}")
     if report.problems:
@@ -68,7 +68,7 @@ def check(data, sources, target, split, quiet) -> None:
 @click.option("--preset", help=f"Size and settings: {PRESETS}.  [default: xs]")
 @click.option("--minutes", type=float, help="Wall-clock budget of the training.")
 @click.option("--steps", type=int, help="Optimizer steps, instead of --minutes.")
-@click.option("--image-size", type=int, help="In-plane size after centre crop or pad and area resampling.  [default: 64]")
+@click.option("--image-size", type=int, help="In-plane size after crop or pad and area resampling.  [default: 64]")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file with settings.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.lr=5e-4 (repeat).")
 @click.option("--split", type=click.Path(path_type=Path), help='JSON {"train": [ids], "val": [ids], "test": [ids]}.')
@@ -101,7 +101,9 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, config
     elif not sources or not target:
         from_file = load_toml(config_file).get("data", {}) if config_file else {}
         if not ({"sources", "target"} <= {*from_file, *flags["data"]}):
-            raise PhmdiffError("USAGE", "train needs --source and --target", "e.g. --source t1 --target t2", exit_code=USAGE)
+            raise PhmdiffError(
+                "USAGE", "train needs --source and --target", "e.g. --source t1 --target t2", exit_code=USAGE
+            )
     overlays = [base, load_toml(config_file) if config_file else {}, flags, parse_set(settings)]
     config = build_config(preset or "xs", *overlays, file=config_file)
 
@@ -131,7 +133,7 @@ def sample(run, inputs, out, steps, seed, batch_size, overwrite, device, quiet) 
 
     settings = _sample_settings(steps=steps, seed=seed, batch_size=batch_size)
     opened = load(run, device=device, warn=_warn)
-    with _bar(None, "synthesizing", quiet) as meter:
+    with bar(len(inputs), "synthesizing", not quiet) as meter:
 
         def count(subject: str, done: int, total: int) -> None:
             meter.total = total
@@ -166,12 +168,13 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, seed, over
         raise PhmdiffError("OUTPUT_EXISTS", "exists", "choose another file, or give --overwrite",
                            exit_code=USAGE, file=json_file)  # fmt: skip
     opened = load(run, device=device, warn=_warn)
-    with _bar(100, "training the U-Net baseline", quiet or not baselines, "%") as meter:
+    with share_bar("training the U-Net baseline", baselines and not quiet) as meter:
         result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
-                       baselines=baselines, progress=lambda share: meter.update(100 * share - meter.n))  # fmt: skip
+                       baselines=baselines, progress=meter.at)  # fmt: skip
     size = opened.config.data.image_size
-    click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: "
-               f"{', '.join(case.subject for case in result.cases)}; scored at {size}x{size}, {settings.steps} step(s)")  # fmt: skip
+    who = ", ".join(case.subject for case in result.cases)
+    click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: {who}")
+    click.echo(f"scored at {size}x{size}, {settings.steps} sampling step(s)")
     click.echo(format_table(result.rows))
     if result.unet_steps is not None:
         click.echo(f"model: {opened.found.step} steps, U-Net: {result.unet_steps} steps, "
@@ -212,13 +215,7 @@ def _names(items) -> list[str]:
 
 
 def _warn(line: str) -> None:
-    click.echo(f"phmdiff-fast: {line} An older checkpoint is used.", err=True)
-
-
-def _bar(total, label: str, quiet: bool, unit: str = "subject"):
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=label, unit=unit, disable=quiet, leave=False, file=sys.stderr, dynamic_ncols=True)
+    say(f"{line} An older checkpoint is used.")
 
 
 def _sample_settings(**given):
@@ -229,7 +226,7 @@ def _sample_settings(**given):
 
 def _fail(lines: list[str], code: int) -> None:
     for line in lines:
-        print(f"phmdiff-fast: {line}", file=sys.stderr)
+        say(line)
     sys.exit(code)
 
 

@@ -78,7 +78,10 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _heads_divide(self):
-        for width, heads, name in ((self.width, self.heads, "width"), (self.decoder_width, self.decoder_heads, "decoder_width")):
+        for width, heads, name in (
+            (self.width, self.heads, "width"),
+            (self.decoder_width, self.decoder_heads, "decoder_width"),
+        ):
             if width % heads or (width // heads) % 2 or width % 4:
                 raise ValueError(f"{name} {width} must be a multiple of 4 and of 2 x its heads ({heads})")
         if self.beta_end < self.beta_start:
@@ -148,10 +151,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "b4": _vit(12, 768, 12, 4, train={"lr": 2e-4, "batch_size": 32}),
     "l4": _vit(24, 1024, 16, 4, train={"lr": 1e-4, "batch_size": 32}),
     # The paper: Adam 1e-6, batch 10, eps, no stem, no head. It gives no size, so the size is ours (s4).
-    "paper": _vit(12, 384, 6, 4,
-                  model={"prediction": "eps", "stem": False, "head": False, "scale_state": False},
-                  train={"lr": 1e-6, "batch_size": 10, "weight_decay": 0.0, "betas": [0.9, 0.999],
-                         "mmd_weight": 0.5, "last_t_share": 0.0, "warmup_steps": 0, "min_lr_ratio": 1.0}),  # fmt: skip
+    "paper": _vit(
+        12,
+        384,
+        6,
+        4,
+        model={"prediction": "eps", "stem": False, "head": False, "scale_state": False},
+        train={
+            "lr": 1e-6,
+            "batch_size": 10,
+            "weight_decay": 0.0,
+            "betas": [0.9, 0.999],
+            "mmd_weight": 0.5,
+            "last_t_share": 0.0,
+            "warmup_steps": 0,
+            "min_lr_ratio": 1.0,
+        },
+    ),
 }
 
 

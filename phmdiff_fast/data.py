@@ -55,6 +55,17 @@ class CheckReport:
     problems: list[PhmdiffError]
     notes: list[str]
 
+    def table(self) -> str:
+        """The rows as aligned text, a line a file."""
+        heads = ("subject", "contrast", "shape", "spacing mm", "axes", "min", "max", "foreground")
+        lines = [heads]
+        for row in self.rows:
+            shape, spacing = ("x".join(f"{v:g}" for v in row[key]) for key in ("shape", "spacing"))
+            values = (f"{row['min']:g}", f"{row['max']:g}", f"{100 * row['foreground']:.0f} %")
+            lines.append((row["subject"], row["contrast"], shape, spacing, row["orientation"], *values))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+        return "\n".join("  ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
 
 # ---------------------------------------------------------------- one subject
 

@@ -14,9 +14,10 @@ from .data import check_cohort, discover
 from .errors import USAGE, DataErrors, PhmdiffError
 from .evaluate import Evaluation, evaluate, write_table
 from .generate import load, sample
+from .progress import bar, say, share_bar
 from .report import format_table, write_demo_page
 from .simulate import simulate_cohort
-from .train import bar, read_log, say, train
+from .train import read_log, train
 
 MARK = ".phmdiff-fast-demo"  # in a folder a demo made: only such a folder is ever replaced
 
@@ -74,7 +75,7 @@ def run_demo(
     fresh_folder(out, overwrite)
 
     say("1/5 simulating patients from real anatomy (MNI152)")
-    with bar(num_subjects, "simulating", "patient", progress) as meter:
+    with bar(num_subjects, "simulating", progress) as meter:
         simulate_cohort(out / "cohort", num_subjects=num_subjects, seed=seed, progress=lambda *_: meter.update())
 
     say("2/5 checking the cohort")
@@ -94,11 +95,11 @@ def run_demo(
     sample(run, [out / "cohort" / s for s in split["test"]], out / "synthesized", config.sample)
 
     say(f"5/5 scoring, beside a lookup table and a U-Net trained for the same {minutes:g} minutes")
-    with bar(100, "training the U-Net baseline", "%", progress) as meter:
+    with share_bar("training the U-Net baseline", progress) as meter:
         result = evaluate(run, out / "cohort", config.sample, baselines=True, keep_images=True,
-                          progress=lambda share: meter.update(100 * share - meter.n))  # fmt: skip
+                          progress=meter.at)  # fmt: skip
     write_table(out / "table.json", result)
-    say(format_table(result.rows))
+    print(format_table(result.rows), flush=True)
 
     (out / "pictures").mkdir()
     strips = draw_cases(result, out / "pictures")

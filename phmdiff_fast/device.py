@@ -10,7 +10,7 @@ from .errors import BACKEND, PhmdiffError
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" | "cpu" | "cuda" -> a device. Raises PhmdiffError (exit 8) for a GPU that is not there."""
+    """ "auto" | "cpu" | "cuda" -> a device. Raises PhmdiffError (exit 8) for a GPU that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise PhmdiffError("NO_GPU", "train.device is 'cuda' but torch sees no GPU",
                            "use auto or cpu, or install a CUDA build of torch", exit_code=BACKEND)  # fmt: skip
@@ -37,7 +37,7 @@ def _avx512_bf16() -> bool:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """"auto" | "fp32" | "bf16" -> the type of the matrix products."""
+    """ "auto" | "fp32" | "bf16" -> the type of the matrix products."""
     if name == "auto":
         name = "bf16" if has_native_bf16(device) else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32

@@ -31,7 +31,9 @@ def report() -> list[str]:
     device = pick_device("auto")
     dtype = pick_precision("auto", device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    lines = [f"phmdiff-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"]
+    lines = [
+        f"phmdiff-fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    ]
     lines += [f"  {package:<17}{_version(package)}" for package in PACKAGES]
     lines.append(f"  {'nvcc':<17}{shutil.which('nvcc') or 'not found'}")
     native = "native" if has_native_bf16(device) else "not native, so float32 is faster"

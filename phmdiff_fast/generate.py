@@ -19,6 +19,7 @@ from .grid import InPlane, fit_scaling
 from .layouts import FILE_NAME
 from .nifti import write_volume
 from .phmdiff import PHMDiff
+from .progress import say
 
 RESEARCH_ONLY = "synthetic image, for research only, never for diagnosis"
 
@@ -63,7 +64,9 @@ def load(folder, *, device: str = "auto", warn=None) -> Run:
     where = pick_device(device)
     model = PHMDiff(config.model, len(config.data.sources), 1, facts["complexity"])
     model.load_state_dict(found.tensors("ema"), strict=True)
-    return Run(folder, config, model.to(where).eval(), facts, found, where, pick_precision(config.train.precision, where))
+    return Run(
+        folder, config, model.to(where).eval(), facts, found, where, pick_precision(config.train.precision, where)
+    )
 
 
 def scaled_slices(volume: np.ndarray, foreground: np.ndarray, plane: InPlane) -> np.ndarray:
@@ -125,7 +128,7 @@ def _inputs(run: Run, inputs: list[Path]) -> Cohort:
             new = discover(path).files
         else:
             if len(run.sources) > 1:
-                raise PhmdiffError("NEED_FOLDER", f"this run needs {len(run.sources)} sources: {', '.join(run.sources)}",
+                raise PhmdiffError("NEED_FOLDER", f"is one file; this run needs {', '.join(run.sources)}",
                                    "give the subject's folder", exit_code=USAGE, file=path)  # fmt: skip
             match = FILE_NAME.fullmatch(path.name)
             name = match["id"] if match else path.name.removesuffix(".gz").removesuffix(".nii")
@@ -138,9 +141,7 @@ def _inputs(run: Run, inputs: list[Path]) -> Cohort:
     return Cohort(Path(os.path.commonpath([p.absolute() for p in inputs])), "inputs", files)
 
 
-def sample(
-    run: Run, inputs, out, settings: SampleConfig, *, overwrite: bool = False, progress=None
-) -> list[Path]:
+def sample(run: Run, inputs, out, settings: SampleConfig, *, overwrite: bool = False, progress=None) -> list[Path]:
     """Write ``<subject>_<target>_syn.nii.gz`` and a JSON sidecar for every subject of ``inputs``.
 
     The volume lies on the input's own grid, with its affine. Everything is checked before anything
@@ -165,8 +166,14 @@ def sample(
                                exit_code=USAGE, file=path)  # fmt: skip
     digest = run.found.manifest["files"]["ema.safetensors"]
     for done, (subject_id, path) in enumerate(names.items(), 1):
-        subject = load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False)
-        volume = synthesize(run, subject, settings)
+        subject = load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False,
+                               allow_constant=True)  # fmt: skip
+        empty = [c for c in run.sources if subject.images[c].min() == subject.images[c].max()]
+        if empty:
+            say(f"{subject_id}/{empty[0]} holds one value only: the synthesized volume is 0 everywhere")
+            volume = np.zeros(subject.foreground.shape, np.float32)
+        else:
+            volume = synthesize(run, subject, settings)
         out.mkdir(parents=True, exist_ok=True)
         write_volume(path, volume, subject.grid, overwrite=overwrite)
         sidecar = {

@@ -141,7 +141,12 @@ class Stem(nn.Module):
         self.down = nn.ModuleList(_conv(a, b, stride=2) for a, b in zip(self.widths, self.widths[1:], strict=False))
         self.blocks = nn.ModuleList(ResidualConv(w) for w in self.widths)
         import os
-        self.lateral = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(self.widths, self.widths[1:], strict=False)) if os.environ.get('FPN') else None
+
+        self.lateral = (
+            nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(self.widths, self.widths[1:], strict=False))
+            if os.environ.get("FPN")
+            else None
+        )
 
     def forward(self, sources: Tensor) -> list[Tensor]:
         x = self.blocks[0](self.first(sources.contiguous(memory_format=torch.channels_last)))
@@ -151,7 +156,7 @@ class Stem(nn.Module):
             maps.append(x)
         if self.lateral is not None:
             for n in reversed(range(len(maps) - 1)):
-                maps[n] = maps[n] + F.interpolate(self.lateral[n](maps[n + 1]), size=maps[n].shape[2:], mode='nearest')
+                maps[n] = maps[n] + F.interpolate(self.lateral[n](maps[n + 1]), size=maps[n].shape[2:], mode="nearest")
         return maps
 
 

@@ -53,7 +53,9 @@ def merge_state(y: Tensor, eps: Tensor, coarse: Tensor | None, abar: Tensor, *, 
     """
     choose("merge_state", impl)
     if eps.shape != y.shape or abar.shape != y.shape[:1]:
-        raise ValueError(f"merge_state: y {tuple(y.shape)}, eps {tuple(eps.shape)}, abar {tuple(abar.shape)} do not fit")
+        raise ValueError(
+            f"merge_state: y {tuple(y.shape)}, eps {tuple(eps.shape)}, abar {tuple(abar.shape)} do not fit"
+        )
     state = _per_sample(abar.sqrt()) * y + _per_sample((1 - abar).sqrt()) * eps
     if coarse is None:
         return state

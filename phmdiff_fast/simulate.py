@@ -45,10 +45,10 @@ NOISE = {"t1": 0.018, "t2": 0.014, "flair": 0.022}  # Rician sigma, as a share o
 # Nuclei rich in iron, whose T2 is short in every adult (Hallgren and Sourander, J. Neurochem. 3:41,
 # 1958): MNI centre at the right (mm), radii (mm), relative shortening of T2; mirrored at the left.
 IRON = (
-    ((20, -4, -1), (6, 9, 6), 0.30),  # globus pallidus
+    ((20, -4, -1), (6, 9, 6), 0.22),  # globus pallidus
     ((26, 2, 2), (6, 12, 8), 0.10),  # putamen
     ((5, -20, -9), (4, 4, 5), 0.25),  # red nucleus
-    ((10, -17, -12), (4, 6, 4), 0.28),  # substantia nigra
+    ((10, -17, -12), (4, 6, 4), 0.24),  # substantia nigra
     ((16, -57, -34), (8, 7, 6), 0.18),  # dentate nucleus
 )
 

@@ -1,7 +1,7 @@
 """Training, from a cohort on disk to a run folder. Read it downward.
 
-    RUN/ config.toml  run.json (version, subjects, scalings, mask ratios)  split.json
-         cache/  log.jsonl  checkpoints/step-N/  pictures/step-N.png  pictures/curves.png
+RUN/ config.toml  run.json (version, subjects, scalings, mask ratios)  split.json
+     cache/  log.jsonl  checkpoints/step-N/  pictures/step-N.png  pictures/curves.png
 """
 
 from __future__ import annotations
@@ -9,14 +9,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import __version__, checkpoint, data, pictures
 from .augment import augment
@@ -27,6 +25,7 @@ from .ema import EMA
 from .errors import NONFINITE, USAGE, DataErrors, PhmdiffError
 from .masking import level_complexity
 from .phmdiff import PHMDiff
+from .progress import bar, say, share_bar
 
 HELD_OUT_SLICES = 4  # in the picture strip
 VALIDATION_SLICES = 64  # at most, evenly spaced, for the validation figure of a checkpoint
@@ -53,15 +52,6 @@ def learning_rate(config, step: int, share: float) -> float:
     return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def bar(total, label: str, unit: str, enabled: bool):
-    """A progress bar on stderr (none when ``enabled`` is false)."""
-    return tqdm(total=total, desc=label, unit=unit, disable=not enabled, leave=False, dynamic_ncols=True)
-
-
 def write_json(path: Path, value) -> None:
     """Write JSON whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -80,7 +70,7 @@ def prepare_split(cohort: data.Cohort, config: Config, split_file) -> dict[str, 
 
 def refuse_bad_cohort(cohort: data.Cohort, config: Config, subjects: list[str], progress: bool) -> None:
     """Read everything that will be trained on; raise DataErrors naming all that is wrong."""
-    with bar(len(subjects), "checking", "subject", progress) as meter:
+    with bar(len(subjects), "checking", progress) as meter:
         report = data.check_cohort(
             cohort, contrasts=[*config.data.sources, config.data.target], subjects=subjects,
             progress=lambda *_: meter.update(),
@@ -95,9 +85,9 @@ def open_cache(out: Path, cohort: data.Cohort, config: Config, subjects: list[st
         return SliceCache.open(out / "cache", cohort, subjects, config.data)
     except PhmdiffError as stale:
         if (out / "cache" / "index.json").exists():
-            say(f"phmdiff-fast: slice cache is built again: {stale.what}")
+            say(f"slice cache is built again: {stale.what}")
     refuse_bad_cohort(cohort, config, subjects, progress)
-    with bar(len(subjects), "preparing", "subject", progress) as meter:
+    with bar(len(subjects), "preparing", progress) as meter:
         return SliceCache.build(out / "cache", cohort, subjects, config.data, progress=lambda *_: meter.update())
 
 
@@ -184,8 +174,9 @@ def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file) -> 
             if value != getattr(begun, table).model_dump()[key] and key not in ("minutes", "steps", "device", "keep")
         ]
         if differing:
-            raise PhmdiffError("RUN_DIFFERS", f"was begun with other settings: {', '.join(differing)}",
-                               "give the same settings to go on, or another --out", exit_code=USAGE, file=out)  # fmt: skip
+            what = f"was begun with another {', '.join(differing)}"
+            raise PhmdiffError("RUN_DIFFERS", what, "give the same settings to go on, or another --out",
+                               exit_code=USAGE, file=out)  # fmt: skip
         split = json.loads((out / "split.json").read_text())
         if split_file is not None and data.read_split(split_file, list(cohort.files)) != split:
             raise PhmdiffError("RUN_DIFFERS", "was begun with another split",
@@ -238,7 +229,7 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
             "target": config.data.target,
             "complexity": measure_complexity(cache, train_rows, len(config.model.levels)),
             "median_p995": cache.median_p995(config.data.target),
-            "slices": int(len(train_rows)),
+            "slices": len(train_rows),
         }
     model = PHMDiff(config.model, len(config.data.sources), 1, facts["complexity"]).to(device)
     facts["mask_ratios"] = model.ratios
@@ -250,13 +241,13 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
 
     # --- state: newest checkpoint, or step 0
     step, before = 0, 0.0
-    latest = checkpoint.newest(out / "checkpoints", warn=lambda line: say(f"phmdiff-fast: {line} An older one is used."))
+    latest = checkpoint.newest(out / "checkpoints", warn=lambda line: say(f"{line} An older one is used."))
     if latest is not None:
         model.load_state_dict(latest.tensors("model", device))
         ema.load_state_dict(latest.tensors("ema", device))
         checkpoint.load_optimizer(optimizer, model, latest.tensors("optimizer", device))
         step, before = latest.step, float(latest.manifest["seconds"])
-        say(f"phmdiff-fast: going on from step {step} of {out}")
+        say(f"going on from step {step} of {out}")
     (out / "config.toml").write_text(config.to_toml())
     write_json(out / "split.json", split)
     write_json(out / "run.json", facts)
@@ -264,13 +255,13 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
 
     budget = Budget(tc.steps, tc.minutes * 60 if tc.minutes else None)
     if budget.share(step, before) >= 1:
-        say(f"phmdiff-fast: {out} already has its {step} steps; give a larger budget to train on")
+        say(f"{out} already has its {step} steps; give a larger budget to train on")
         return out
 
     # --- the loop
-    log = open(out / "log.jsonl", "a", buffering=1)
+    log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in the finally below)
     begun = last_saved = time.monotonic()
-    meter = bar(100, "training", "%", progress)
+    meter = share_bar("training", progress)
     masked, first_step = True, step
 
     def seconds() -> float:
@@ -284,6 +275,7 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
         ema.swap()
         model.train()
         log.write(json.dumps({"step": step, "seconds": round(seconds(), 3), "val_psnr": psnr}) + "\n")
+        say(f"step {step}, {seconds():.0f} s: {watched.who}s {psnr:.2f} dB; picture {picture}")
         groups = {"model": model.state_dict(), "ema": ema.state_dict(),
                   "optimizer": checkpoint.optimizer_tensors(optimizer, model)}  # fmt: skip
         checkpoint.save(out / "checkpoints", step, groups,
@@ -306,7 +298,7 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
             # On a GPU reading the norm waits for the step, so it is read only when a line is logged.
             reads = device.type == "cpu" or step % LOG_EVERY == 0
             if reads and not math.isfinite(float(norm)):
-                raise PhmdiffError("NONFINITE", f"loss or gradient is not finite at step {step}, slices {rows.tolist()}",
+                raise PhmdiffError("NONFINITE", f"gradient is not finite at step {step}, slices {rows.tolist()}",
                                    "lower train.lr, or look at these slices", exit_code=NONFINITE)  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(tc, step, share)
@@ -316,23 +308,23 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
 
             if step % LOG_EVERY == 0 or step == 1:
                 rate = (step - first_step) * tc.batch_size / (time.monotonic() - begun)
-                record = {"step": step, "seconds": round(seconds(), 3), "loss": float(terms.total),
+                record = {"step": step, "seconds": round(seconds(), 3), "loss": float(terms.total.detach()),
                           "denoise": terms.denoise.tolist(), "mmd": terms.mmd.tolist(),
                           "lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2),
                           "stage": "masked" if masked else "unmasked"}  # fmt: skip
                 log.write(json.dumps(record) + "\n")
-                meter.set_postfix_str(f"step {step}, {rate:.0f} images/s, loss {record['loss']:.4f}")
-            meter.update(min(100.0, 100 * budget.share(step, seconds())) - meter.n)
+                meter.note(f"step {step}, {rate:.0f} images/s, loss {record['loss']:.4f}")
+            meter.at(budget.share(step, seconds()))
             if time.monotonic() - last_saved > tc.checkpoint_every:
                 save()
                 last_saved = time.monotonic()
         save()
     except KeyboardInterrupt:
         save()
-        say(f"phmdiff-fast: stopped at step {step}; the same command goes on from there")
+        say(f"stopped at step {step}; the same command goes on from there")
         raise
     finally:
         meter.close()
         log.close()
-    say(f"phmdiff-fast: {step} steps in {seconds():.0f} s on {device.type}, {str(dtype)[6:]}; run folder {out}")
+    say(f"{step} steps in {seconds():.0f} s on {device.type}, {str(dtype)[6:]}; run folder {out}")
     return out

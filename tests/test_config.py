@@ -16,10 +16,15 @@ def test_every_preset_is_valid_and_survives_toml(preset):
     model = config.model
     if preset == "paper":
         assert (config.train.lr, config.train.batch_size, config.train.mmd_weight) == (1e-6, 10, 0.5)
-        assert not (model.stem or model.head)
+        assert (model.stem, model.head) == (False, False)
         assert model.prediction == "eps"
     else:
-        sizes = {"xs": (6, 192, 3, 2, 96), "s4": (12, 384, 6, 4, 192), "b4": (12, 768, 12, 4, 384), "l4": (24, 1024, 16, 4, 512)}
+        sizes = {
+            "xs": (6, 192, 3, 2, 96),
+            "s4": (12, 384, 6, 4, 192),
+            "b4": (12, 768, 12, 4, 384),
+            "l4": (24, 1024, 16, 4, 512),
+        }
         assert (model.depth, model.width, model.heads, model.decoder_depth, model.decoder_width) == sizes[preset]
         assert model.patch == 4
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # -> kernels and the extension. A module may import from strictly lower ranks only.
 RANKS = [
     ["errors"],
-    ["config"],
+    ["config", "progress"],
     ["kernels._impl", "kernels._philox"],
     ["kernels.patch_mask", "kernels.adaln", "kernels.mmd"],
     ["pyramid", "attention", "nifti", "grid", "device"],
@@ -42,7 +42,11 @@ def imported(name: str, path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("phmdiff_fast.") for alias in node.names if alias.name.startswith("phmdiff_fast")}
+            found |= {
+                alias.name.removeprefix("phmdiff_fast.")
+                for alias in node.names
+                if alias.name.startswith("phmdiff_fast")
+            }
         elif isinstance(node, ast.ImportFrom):
             module = node.module or ""
             if node.level:

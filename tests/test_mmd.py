@@ -41,7 +41,9 @@ def test_against_double_loops(sets, estimator, bandwidths):
 
 def test_bandwidth_in_closed_form_is_the_mean_squared_distance(sets):
     pooled = torch.cat(sets)
-    assert float(pooled_bandwidth(*sets)) == pytest.approx(float(torch.cdist(pooled, pooled).square().mean()), rel=1e-12)
+    assert float(pooled_bandwidth(*sets)) == pytest.approx(
+        float(torch.cdist(pooled, pooled).square().mean()), rel=1e-12
+    )
 
 
 def test_gradients_with_the_bandwidth_held_fixed(sets):

@@ -127,7 +127,11 @@ def test_restore_puts_every_row_in_its_place(fill_kind, keep):
     ids, inverse = draw_mask(torch.arange(2), 6, keep, rng=(0, 0))
     x = torch.randn(2, keep, 5, dtype=torch.float64, requires_grad=True)
     pos = torch.randn(6, 5, dtype=torch.float64)
-    fill = torch.randn(5, dtype=torch.float64) if fill_kind == "token" else torch.randn(2, 6 - keep, 5, dtype=torch.float64)
+    fill = (
+        torch.randn(5, dtype=torch.float64)
+        if fill_kind == "token"
+        else torch.randn(2, 6 - keep, 5, dtype=torch.float64)
+    )
     fill.requires_grad_()
     got = restore_tokens(x, fill, inverse, pos)
     for b in range(2):

@@ -63,7 +63,9 @@ def test_seed_and_step_may_be_tensors():
 def test_draws_do_not_depend_on_the_batch(draw):
     ids = torch.tensor([3, 900, 2**40 + 1, 12])
     whole = draw(ids, 10, rng=(1, 5), stream=2)
-    assert torch.equal(torch.cat([draw(ids[:1], 10, rng=(1, 5), stream=2), draw(ids[1:], 10, rng=(1, 5), stream=2)]), whole)
+    assert torch.equal(
+        torch.cat([draw(ids[:1], 10, rng=(1, 5), stream=2), draw(ids[1:], 10, rng=(1, 5), stream=2)]), whole
+    )
     assert torch.equal(draw(ids.flip(0), 10, rng=(1, 5), stream=2), whole.flip(0))
     for other in (dict(rng=(2, 5), stream=2), dict(rng=(1, 6), stream=2), dict(rng=(1, 5), stream=3)):
         assert not torch.equal(draw(ids, 10, **other), whole)

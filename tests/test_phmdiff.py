@@ -24,7 +24,9 @@ def images(n=4, size=32):
     """A smooth shape as source, its inverted and squared version as target."""
     axis = torch.linspace(-1, 1, size)
     x, y = torch.meshgrid(axis, axis, indexing="ij")
-    source = torch.stack([torch.tanh(4 * (0.6 - (x - 0.1 * i) ** 2 - y**2)) * torch.cos(5 * y) for i in range(n)])[:, None]
+    source = torch.stack([torch.tanh(4 * (0.6 - (x - 0.1 * i) ** 2 - y**2)) * torch.cos(5 * y) for i in range(n)])[
+        :, None
+    ]
     return source, (1 - 2 * source**2).clamp(-1, 1)
 
 

@@ -1,0 +1,268 @@
+"""The main job through the command line: check, train, resume, sample, evaluate; and its error lines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import phantom, write_scan
+
+from phmdiff_fast import generate
+from phmdiff_fast.cli import main
+from phmdiff_fast.config import SampleConfig
+from phmdiff_fast.data import discover, load_subject
+
+TINY = [f"model.{k}={v}" for k, v in dict(depth=1, width=32, heads=2, decoder_depth=1, decoder_width=16,
+                                          decoder_heads=2, stem_width=8, head_width=8).items()]  # fmt: skip
+TINY = [part for item in [*TINY, "train.batch_size=4", "train.precision=fp32"] for part in ("--set", item)]
+
+
+def cli(*arguments) -> int:
+    """Run a command in this process; its exit code."""
+    with pytest.raises(SystemExit) as leaving:
+        main([str(a) for a in arguments])
+    return int(leaving.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_cohort, tmp_path_factory):
+    """A run of 6 steps on three people, the fourth held out."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    split = out.parent / "split.json"
+    split.write_text(json.dumps({"train": ["p0", "p1"], "val": ["p2"], "test": ["p3"]}))
+    code = cli("train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", out, "--steps", 6,
+               "--image-size", 24, "--split", split, "--quiet", *TINY)  # fmt: skip
+    assert code == 0
+    return out
+
+
+def test_the_run_folder_holds_all_that_is_needed(trained):
+    names = {p.name for p in trained.iterdir()}
+    assert {"config.toml", "run.json", "split.json", "log.jsonl", "cache", "checkpoints", "pictures"} <= names
+    facts = json.loads((trained / "run.json").read_text())
+    assert facts["version"]
+    assert len(facts["mask_ratios"]) == 3
+    records = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert records[0]["step"] == 1
+    assert {"loss", "denoise", "mmd", "lr", "images_per_s", "stage"} <= set(records[0])
+    assert any("val_psnr" in record for record in records)
+    folder = trained / "checkpoints" / "step-00000006"
+    assert json.loads((folder / "manifest.json").read_text())["step"] == 6
+    assert (trained / "pictures" / "step-00000006.png").stat().st_size > 1000
+
+
+def test_train_resume_sample_evaluate(trained, tiny_cohort, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    # The same command with the same budget has nothing to do; a larger budget goes on.
+    assert cli("train", tiny_cohort, "--out", run, "--steps", 6, "--quiet") == 0
+    assert "already has its 6 steps" in capsys.readouterr().err
+    assert cli("train", tiny_cohort, "--out", run, "--steps", 9, "--quiet") == 0
+    assert "going on from step 6" in capsys.readouterr().err
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
+
+    out = tmp_path / "out"
+    source = tiny_cohort / "p3" / "p3_t1.nii.gz"
+    assert cli("sample", run, source, tiny_cohort / "p0", "--out", out, "--steps", 2, "--quiet") == 0
+    capsys.readouterr()
+    made, given = nib.load(out / "p3_t2_syn.nii.gz"), nib.load(source)
+    assert made.shape == given.shape
+    assert np.array_equal(made.affine, given.affine)
+    assert b"SYNTHETIC phmdiff-fast" in bytes(made.header["descrip"])
+    values = np.asarray(made.dataobj)
+    assert np.isfinite(values).all()
+    assert (values[np.asarray(given.dataobj) == 0] == 0).all()
+    sidecar = json.loads((out / "p3_t2_syn.json").read_text())
+    assert (sidecar["units"], sidecar["steps"], sidecar["seed"], sidecar["checkpoint_step"]) == ("arbitrary", 2, 0, 9)
+    assert len(sidecar["checkpoint_sha256"]) == 64
+    assert {p.name for p in out.iterdir()} == {f"p{i}_t2_syn.{e}" for i in (0, 3) for e in ("nii.gz", "json")}
+
+    table = tmp_path / "table.json"
+    assert cli("evaluate", run, tiny_cohort, "--baselines", "--json", table, "--quiet") == 0
+    printed = capsys.readouterr().out
+    assert "phmdiff-slice" in printed
+    assert "p3" in printed
+    rows = json.loads(table.read_text())["rows"]
+    assert {row["method"] for row in rows} == {"ours", "lookup", "unet_l1"}
+    assert {(row["protocol"], row["metric"]) for row in rows} == {
+        (p, m) for p in ("phmdiff-slice", "brain") for m in ("psnr", "ssim", "mae")
+    }
+    assert all(set(row) == {"method", "protocol", "metric", "mean", "std", "n"} and row["n"] == 1 for row in rows)
+    assert all(np.isfinite(row["mean"]) for row in rows)
+
+
+def test_resuming_equals_training_through(trained, tiny_cohort, tmp_path):
+    """6 steps, then 4 more, gives the weights of 10 steps in one go (the schedule is by step)."""
+    split = trained.parent / "split.json"
+    common = ["train", tiny_cohort, "--source", "t1", "--target", "t2", "--image-size", 24, "--split", split,
+              "--quiet", *TINY, "--set", "train.min_lr_ratio=1.0", "--set", "train.finetune_share=0.0"]  # fmt: skip
+    for steps in (6, 10):
+        assert cli(*common, "--out", tmp_path / "a", "--steps", steps) == 0
+    assert cli(*common, "--out", tmp_path / "b", "--steps", 10) == 0
+    digests = [
+        json.loads((tmp_path / run / "checkpoints" / "step-00000010" / "manifest.json").read_text())["files"]
+        for run in "ab"
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_the_same_seed_gives_the_same_volume_whatever_the_batch(trained, tiny_cohort):
+    run = generate.load(trained)
+    subject = load_subject(discover(tiny_cohort), "p3", ["t1"], foreground_from="t1")
+    volumes = [generate.synthesize(run, subject, SampleConfig(batch_size=b, seed=4, steps=3)) for b in (1, 32)]
+    np.testing.assert_allclose(volumes[0], volumes[1], rtol=1e-4, atol=1e-2)
+    other = generate.synthesize(run, subject, SampleConfig(seed=5, steps=3))
+    assert not np.array_equal(volumes[1], other)
+
+
+def test_a_changed_source_file_is_noticed(trained, tiny_cohort, tmp_path, capsys):
+    cohort, run = tmp_path / "cohort", tmp_path / "run"
+    shutil.copytree(tiny_cohort, cohort)
+    shutil.copytree(trained, run)
+    affine = nib.load(cohort / "p1" / "p1_t2.nii.gz").affine
+    write_scan(cohort / "p1" / "p1_t2.nii.gz", phantom(99)["t2"], affine)
+    assert cli("train", cohort, "--out", run, "--steps", 7, "--quiet") == 0
+    err = capsys.readouterr().err
+    assert "cache is built again" in err
+    assert "p1" in err
+
+
+def test_check_tells_every_problem_at_once(tiny_cohort, tmp_path, capsys):
+    cohort = tmp_path / "cohort"
+    shutil.copytree(tiny_cohort, cohort)
+    assert cli("check", cohort, "--quiet") == 0
+    assert "4 people in brats2021 layout, no problem found" in capsys.readouterr().out
+    (cohort / "p0" / "p0_t2.nii.gz").unlink()
+    path = cohort / "p1" / "p1_t1.nii.gz"
+    path.write_bytes(path.read_bytes()[:-200])
+    image = nib.load(cohort / "p2" / "p2_t2.nii.gz")
+    voxels = np.asarray(image.dataobj).astype(np.float32)
+    voxels[3, 3, 3] = np.nan
+    write_scan(cohort / "p2" / "p2_t2.nii.gz", voxels, image.affine)
+    shifted = image.affine.copy()
+    shifted[0, 3] += 3
+    write_scan(cohort / "p3" / "p3_t2.nii.gz", phantom(3)["t2"], shifted)
+    assert cli("check", cohort, "--source", "t1", "--target", "t2", "--quiet") == 3
+    lines = capsys.readouterr().err.strip().splitlines()
+    for code, where in (("MISSING_CONTRAST", "p0: has no t2"), ("NII_TRUNC", "p1/t1"), ("NII_NONFINITE", "p2/t2"),
+                        ("GRID_MISMATCH", "p3/t2")):  # fmt: skip
+        assert [line for line in lines if f"error[{code}] {where}" in line], (code, lines)
+    assert len(lines) == 4
+    # Training refuses the same cohort with the same lines, and leaves nothing behind.
+    out = tmp_path / "run"
+    arguments = ["train", cohort, "--source", "t1", "--target", "t2", "--out", out, "--steps", 1, "--quiet", *TINY]
+    assert cli(*arguments) == 3
+    assert "MISSING_CONTRAST] p0: has no t2" in capsys.readouterr().err
+    assert cli(*arguments, "--skip-incomplete") == 3
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
+    assert not out.exists()
+
+
+def mistakes(cohort, run, tmp):
+    """(arguments, exit code, what the line must say)."""
+    (tmp / "empty").mkdir()
+    (tmp / "text.nii.gz").write_text("<html>")
+    (tmp / "taken").mkdir()
+    (tmp / "taken" / "file").write_text("x")
+    (tmp / "bad.json").write_text('{"train": ["p0", "nobody"]}')
+    constant = tmp / "flat" / "q" / "q_t1.nii.gz"
+    write_scan(constant, np.full((8, 8, 8), 5, np.int16), np.eye(4))
+    train = ["train", cohort, "--source", "t1", "--target", "t2", "--steps", 1]
+    return {
+        "no such data": (["check", tmp / "nowhere"], 3, "DATA_EMPTY"),
+        "empty folder": (["check", tmp / "empty"], 3, "DATA_EMPTY"),
+        "constant file": (["check", tmp / "flat"], 3, "NII_CONSTANT] q/t1"),
+        "unknown option": (["train", cohort, "--sauce", "t1"], 2, "--sauce"),
+        "unknown command": (["trian"], 2, "trian"),
+        "no budget": ([*train[:-2], "--out", tmp / "r"], 2, "--minutes"),
+        "no target": (["train", cohort, "--source", "t1", "--out", tmp / "r", "--steps", 1], 2, "--target"),
+        "unknown preset": ([*train, "--out", tmp / "r", "--preset", "xxs"], 2, "did you mean 'xs'"),
+        "unknown setting": ([*train, "--out", tmp / "r", "--set", "train.lrate=1"], 2, "train.lrate"),
+        "missing contrast": (["train", cohort, "--source", "t1", "--target", "flair", "--out", tmp / "r", "--steps", 1],
+                             3, "p0: has no flair"),
+        "out is no run": ([*train, "--out", tmp / "taken"], 2, "OUTPUT_EXISTS"),
+        "unknown person in the split": ([*train, "--out", tmp / "r", "--split", tmp / "bad.json"], 3, "nobody"),
+        "no run": (["sample", tmp / "empty", cohort, "--out", tmp / "o"], 2, "NO_RUN"),
+        "not a scan": (["sample", run, tmp / "text.nii.gz", "--out", tmp / "o"], 3, "text.nii.gz"),
+        "missing input": (["sample", run, tmp / "none.nii.gz", "--out", tmp / "o"], 3, "none.nii.gz"),
+        "unknown protocol": (["evaluate", run, cohort, "--protocol", "best"], 2, "phmdiff-slice"),
+        "other settings": ([*train, "--out", run, "--set", "model.depth=2"], 2, "model.depth"),
+    }  # fmt: skip
+
+
+def test_mistakes_get_one_line_the_right_code_and_leave_nothing(trained, tiny_cohort, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for name, (arguments, code, expected) in mistakes(tiny_cohort, run, tmp_path).items():
+        assert cli(*arguments, *([] if arguments[0] in ("trian",) else ["--quiet"])) == code, name
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert all(line.startswith("phmdiff-fast: error[") for line in lines), (name, lines)
+        assert expected in lines[0], (name, lines)
+        assert len(lines) == 1 or name == "missing contrast", (name, lines)
+        assert not (tmp_path / "r").exists(), name
+        assert not (tmp_path / "o").exists(), name
+
+
+def test_an_existing_output_is_kept(trained, tiny_cohort, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    kept = out / "p3_t2_syn.nii.gz"
+    kept.write_text("mine")
+    arguments = ["sample", trained, tiny_cohort / "p3", "--out", out, "--quiet"]
+    assert cli(*arguments) == 2
+    assert "OUTPUT_EXISTS" in capsys.readouterr().err
+    assert kept.read_text() == "mine"
+    assert cli(*arguments, "--overwrite") == 0
+    assert nib.load(kept).shape == (20, 24, 9)
+
+
+def test_a_constant_input_gives_zeros_and_a_warning(trained, tmp_path, capsys):
+    write_scan(tmp_path / "q_t1.nii.gz", np.full((20, 24, 9), 5, np.int16), np.eye(4))
+    assert cli("sample", trained, tmp_path / "q_t1.nii.gz", "--out", tmp_path / "out", "--quiet") == 0
+    assert "one value only" in capsys.readouterr().err
+    assert not np.asarray(nib.load(tmp_path / "out" / "q_t2_syn.nii.gz").dataobj).any()
+
+
+def test_debug_shows_the_traceback_and_plain_use_does_not(tmp_path):
+    for flags, shown in (([], False), (["--debug"], True)):
+        command = [sys.executable, "-m", "phmdiff_fast", *flags, "check", str(tmp_path / "nowhere")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert ("Traceback" in done.stderr) == shown
+        assert done.returncode == (1 if shown else 3)
+
+
+def test_doctor_names_every_operation(capsys):
+    assert cli("doctor") == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "draw_mask", "embed_visible", "mmd2", "build_pyramid", "attention", "precision"):
+        assert word in out
+
+
+@pytest.mark.slow
+def test_two_real_people(real_data, tmp_path, capsys):
+    """On real scans, from files to a table."""
+    cohort = tmp_path / "cohort"
+    for name in ("mslub-cs-07", "mslub-cs-26"):
+        (cohort / name).mkdir(parents=True)
+        for contrast in ("t1", "t2"):
+            file = f"{name}_{contrast}.nii.gz"
+            (cohort / name / file).symlink_to((real_data / name / file).resolve())
+    split = tmp_path / "split.json"
+    split.write_text(json.dumps({"train": ["mslub-cs-07"], "val": [], "test": ["mslub-cs-26"]}))
+    run = tmp_path / "run"
+    assert cli("train", cohort, "--source", "t1", "--target", "t2", "--out", run, "--steps", 4, "--image-size", 32,
+               "--split", split, "--quiet", *TINY) == 0  # fmt: skip
+    given = nib.load(cohort / "mslub-cs-26" / "mslub-cs-26_t1.nii.gz")
+    assert cli("sample", run, cohort / "mslub-cs-26", "--out", tmp_path / "out", "--quiet") == 0
+    made = nib.load(tmp_path / "out" / "mslub-cs-26_t2_syn.nii.gz")
+    assert made.shape == given.shape
+    assert np.array_equal(made.affine, given.affine)
+    assert cli("evaluate", run, cohort, "--json", tmp_path / "t.json", "--quiet") == 0
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert len(rows) == 6
+    assert all(np.isfinite(row["mean"]) for row in rows)
