@@ -130,10 +130,13 @@ def load_atlas(resolution: float) -> Atlas:
     from scipy.ndimage import gaussian_filter
 
     image = load_mni152_template(resolution=1)
-    t1 = image.get_fdata(dtype=np.float32)
-    gm = load_mni152_gm_template(resolution=1).get_fdata(dtype=np.float32)
-    wm = load_mni152_wm_template(resolution=1).get_fdata(dtype=np.float32)
-    brain = load_mni152_brain_mask(resolution=1).get_fdata(dtype=np.float32)
+    mask = load_mni152_brain_mask(resolution=1).get_fdata(dtype=np.float32)
+    # The box around the brain, wide enough for the blurs below; outside it everything is 0.
+    box = tuple(slice(max(int(index.min()) - 8, 0), int(index.max()) + 9) for index in np.nonzero(mask))
+    brain, t1, gm, wm = mask[box], *(
+        each.get_fdata(dtype=np.float32)[box]
+        for each in (image, load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1))
+    )  # fmt: skip
     gm, wm = gm * brain, wm * brain
     csf = np.clip(brain - gm - wm, 0, 1)
 
@@ -151,12 +154,14 @@ def load_atlas(resolution: float) -> Atlas:
         maps = {name: gaussian_filter(voxels, blur) for name, voxels in maps.items()}
 
     first = image.affine[:3, 3]
-    shape = tuple(int(np.ceil(side / resolution)) for side in t1.shape)
+    shape = tuple(int(np.ceil(side / resolution)) for side in image.shape)
     affine = np.diag([resolution, resolution, resolution, 1.0])
     affine[:3, 3] = first
     index = np.indices(shape, dtype=np.float32)  # (3, X, Y, Z)
     points = index * np.float32(resolution) + first.astype(np.float32)[:, None, None, None]
-    return Atlas(maps, image.affine, Grid(shape, affine), points)
+    boxed = image.affine.copy()
+    boxed[:3, 3] += image.affine[:3, :3] @ [side.start for side in box]
+    return Atlas(maps, boxed, Grid(shape, affine), points)
 
 
 def simulate_patient(atlas: Atlas, seed: int, number: int) -> dict[str, np.ndarray]:

@@ -79,14 +79,20 @@ def refuse_bad_cohort(cohort: data.Cohort, config: Config, subjects: list[str], 
         raise DataErrors(report.problems)
 
 
-def open_cache(out: Path, cohort: data.Cohort, config: Config, subjects: list[str], progress: bool) -> SliceCache:
-    """The slice cache of a run, rebuilt (and said so) when a source file or a setting changed."""
+def open_cache(
+    out: Path, cohort: data.Cohort, config: Config, split: dict[str, list[str]], progress: bool
+) -> SliceCache:
+    """The slice cache of a run's train and val people, rebuilt (and said so) when a file or setting changed.
+
+    Before it is built everybody is checked, the test people too: bad data shows before the training.
+    """
+    subjects = [*split["train"], *split["val"]]
     try:
         return SliceCache.open(out / "cache", cohort, subjects, config.data)
     except PhmdiffError as stale:
         if (out / "cache" / "index.json").exists():
             say(f"slice cache is built again: {stale.what}")
-    refuse_bad_cohort(cohort, config, subjects, progress)
+    refuse_bad_cohort(cohort, config, [*subjects, *split["test"]], progress)
     with bar(len(subjects), "preparing", progress) as meter:
         return SliceCache.build(out / "cache", cohort, subjects, config.data, progress=lambda *_: meter.update())
 
@@ -206,7 +212,7 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
     made_here = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        cache = open_cache(out, cohort, config, [*split["train"], *split["val"]], progress)
+        cache = open_cache(out, cohort, config, split, progress)
     except BaseException:
         if made_here:  # nothing half-written: a folder that never held a run goes again
             for leftover in (out / "cache", out):

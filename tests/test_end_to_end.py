@@ -186,7 +186,7 @@ def mistakes(cohort, run, tmp):
         "missing contrast": (["train", cohort, "--source", "t1", "--target", "flair", "--out", tmp / "r", "--steps", 1],
                              3, "p0: has no flair"),
         "out is no run": ([*train, "--out", tmp / "taken"], 2, "OUTPUT_EXISTS"),
-        "unknown person in the split": ([*train, "--out", tmp / "r", "--split", tmp / "bad.json"], 3, "nobody"),
+        "unknown person in the split": ([*train, "--out", tmp / "r", "--split", tmp / "bad.json"], 2, "nobody"),
         "no run": (["sample", tmp / "empty", cohort, "--out", tmp / "o"], 2, "NO_RUN"),
         "not a scan": (["sample", run, tmp / "text.nii.gz", "--out", tmp / "o"], 3, "text.nii.gz"),
         "missing input": (["sample", run, tmp / "none.nii.gz", "--out", tmp / "o"], 3, "none.nii.gz"),

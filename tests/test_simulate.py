@@ -142,7 +142,7 @@ def lookup_psnr(train, test):
 
 def test_a_table_of_values_learns_much_but_not_all(patients):
     train, test = [patients[i] for i in range(1, 10)], [patients[i] for i in range(10, 13)]
-    assert 20 < lookup_psnr(train, test) < 30
+    assert 20 < lookup_psnr(train, test) < 27.5  # 29 without shading
 
 
 def test_cohort_on_disk(tmp_path, quick, patients, atlas):
