@@ -101,14 +101,14 @@ class TrainConfig(Settings):
     grad_clip: float = Field(1.0, gt=0)
     ema: float = Field(0.99, ge=0, lt=1)
     finetune_share: float = Field(0.4, ge=0, le=1)  # last share of the budget is unmasked (III.B.3)
-    last_t_share: float = Field(0.5, ge=0, le=1)  # of samples at t = T - 1, where 1-step sampling looks
+    last_t_share: float = Field(0.8, ge=0, le=1)  # of samples at t = T - 1, where 1-step sampling looks
     loss: Literal["l2", "l1"] = "l2"
     mmd_weight: float = Field(0.05, ge=0)  # lambda of L_low + L_mid + L_high (Eq. 6)
     mmd_rows: int = Field(256, ge=2, le=1024)  # patch vectors a level, chosen by Philox
     token_x0_weight: float = Field(0.1, ge=0)  # decoder_input="token": x0 loss of masked tokens
     flip: bool = True
-    gamma: float = Field(0.35, ge=0)  # the source's gamma is exp(U(-gamma, gamma))
-    scale: float = Field(0.15, ge=0, lt=1)  # the source's brightness is times U(1 - scale, 1 + scale)
+    gamma: float = Field(0.2, ge=0)  # the source's gamma is exp(U(-gamma, gamma))
+    scale: float = Field(0.1, ge=0, lt=1)  # the source's brightness is times U(1 - scale, 1 + scale)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor multiplies it natively
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
@@ -146,7 +146,7 @@ def _vit(depth, width, heads, decoder_depth, **more) -> dict[str, Any]:
 
 # DESIGN section 4: name -> tables laid over the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
-    "xs": _vit(6, 192, 3, 2),
+    "xs": _vit(6, 192, 3, 2, train={"lr": 2e-3, "batch_size": 8}),
     "s4": _vit(12, 384, 6, 4, train={"lr": 3e-4, "batch_size": 32}),
     "b4": _vit(12, 768, 12, 4, train={"lr": 2e-4, "batch_size": 32}),
     "l4": _vit(24, 1024, 16, 4, train={"lr": 1e-4, "batch_size": 32}),

@@ -131,22 +131,19 @@ class ResidualConv(nn.Module):
 class Stem(nn.Module):
     """Convolutions over the sources: one map a level, (B, M_n, H / 2^n, W / 2^n), M_n = width 2^min(n, 2).
 
-    It never sees noise, so sampling computes it once a slice, not once a step.
+    Down through the resolutions, then back up: each map takes the coarser one's context in (1x1
+    convolution, nearest neighbour). It never sees noise, so sampling computes it once a slice, not
+    once a step.
     """
 
     def __init__(self, channels: int, width: int, levels: int):
         super().__init__()
         self.widths = [width * 2 ** min(n, 2) for n in range(levels)]
+        pairs = list(zip(self.widths, self.widths[1:], strict=False))  # (finer, coarser)
         self.first = _conv(channels, width)
-        self.down = nn.ModuleList(_conv(a, b, stride=2) for a, b in zip(self.widths, self.widths[1:], strict=False))
+        self.down = nn.ModuleList(_conv(fine, coarse, stride=2) for fine, coarse in pairs)
         self.blocks = nn.ModuleList(ResidualConv(w) for w in self.widths)
-        import os
-
-        self.lateral = (
-            nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(self.widths, self.widths[1:], strict=False))
-            if os.environ.get("FPN")
-            else None
-        )
+        self.up = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairs)
 
     def forward(self, sources: Tensor) -> list[Tensor]:
         x = self.blocks[0](self.first(sources.contiguous(memory_format=torch.channels_last)))
@@ -154,9 +151,8 @@ class Stem(nn.Module):
         for down, block in zip(self.down, self.blocks[1:], strict=True):
             x = block(down(x))
             maps.append(x)
-        if self.lateral is not None:
-            for n in reversed(range(len(maps) - 1)):
-                maps[n] = maps[n] + F.interpolate(self.lateral[n](maps[n + 1]), size=maps[n].shape[2:], mode="nearest")
+        for n in reversed(range(len(self.up))):
+            maps[n] = maps[n] + F.interpolate(self.up[n](maps[n + 1]), size=maps[n].shape[2:])
         return maps
 
 
