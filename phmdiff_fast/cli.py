@@ -160,13 +160,13 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, seed, over
     """Score a RUN on people it has not seen, at the run's image size; mean and deviation over people."""
     from .evaluate import evaluate as score
     from .evaluate import write_table
+    from .files import refuse_existing
     from .generate import load
     from .report import format_table
 
     settings = _sample_settings(steps=steps, seed=seed)
-    if json_file is not None and json_file.exists() and not overwrite:
-        raise PhmdiffError("OUTPUT_EXISTS", "exists", "choose another file, or give --overwrite",
-                           exit_code=USAGE, file=json_file)  # fmt: skip
+    if json_file is not None:
+        refuse_existing(json_file, overwrite)  # before the long work, not after it
     opened = load(run, device=device, warn=_warn)
     with share_bar("training the U-Net baseline", baselines and not quiet) as meter:
         result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
@@ -185,7 +185,7 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, seed, over
 
 @cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo_out"), show_default=True, help="Folder.")
-@click.option("--minutes", type=float, default=2.5, show_default=True, help="Training time (the U-Net takes as long).")
+@click.option("--minutes", type=float, default=3.5, show_default=True, help="Training time (the U-Net takes as long).")
 @click.option("--subjects", type=click.IntRange(5, 500), default=12, show_default=True, help="Simulated patients.")
 @click.option("--image-size", type=int, default=64, show_default=True, help="In-plane size.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything.")

@@ -63,7 +63,7 @@ def draw_cases(result: Evaluation, folder: Path) -> list[tuple[str, Path]]:
 
 
 def run_demo(
-    out, *, minutes: float = 2.5, num_subjects: int = 12, image_size: int = 64, seed: int = 0,
+    out, *, minutes: float = 3.5, num_subjects: int = 12, image_size: int = 64, seed: int = 0,
     overwrite: bool = False, progress: bool = True,
 ) -> Path:  # fmt: skip
     """Simulate patients, check, train T1 -> T2, sample, evaluate with baselines; returns the page's path.

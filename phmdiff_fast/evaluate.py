@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from .cache import SliceCache
 from .config import SampleConfig
 from .data import Cohort, DataErrors, discover, load_subject, select_subjects
 from .errors import DATA, USAGE, PhmdiffError
+from .files import refuse_existing, write_json
 from .generate import Run, foreground_slices, in_plane, predict, scaled_slices
 
 METHODS = ("ours", "lookup", "unet_l1")
@@ -129,10 +130,15 @@ def evaluate(
 def write_table(path, evaluation: Evaluation, *, overwrite: bool = False) -> None:
     """The JSON of ``evaluate --json``: {"rows": [...], "subjects": {...}}. Raises OUTPUT_EXISTS (exit 2)."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise PhmdiffError("OUTPUT_EXISTS", "exists", "choose another file, or give --overwrite",
-                           exit_code=USAGE, file=path)  # fmt: skip
+    refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps({"rows": evaluation.rows, "subjects": evaluation.values}, indent=1) + "\n")
-    os.replace(partial, path)
+    write_json(path, _strict({"rows": evaluation.rows, "subjects": evaluation.values}))
+
+
+def _strict(value):
+    """JSON has no infinity (the PSNR of a perfect image) and no NaN: both become null."""
+    if isinstance(value, dict):
+        return {key: _strict(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

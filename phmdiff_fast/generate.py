@@ -15,6 +15,7 @@ from .config import Config, SampleConfig, load_toml
 from .data import Cohort, Subject, discover, load_subject
 from .device import autocast, pick_device, pick_precision
 from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
+from .files import refuse_existing, write_json
 from .grid import InPlane, fit_scaling
 from .layouts import FILE_NAME
 from .nifti import write_volume
@@ -161,9 +162,7 @@ def sample(run: Run, inputs, out, settings: SampleConfig, *, overwrite: bool = F
         raise DataErrors(gaps)
     names = {subject: out / f"{subject}_{run.target}_syn.nii.gz" for subject in cohort.files}
     for path in names.values():
-        if path.exists() and not overwrite:
-            raise PhmdiffError("OUTPUT_EXISTS", "exists", "choose another --out, or give --overwrite",
-                               exit_code=USAGE, file=path)  # fmt: skip
+        refuse_existing(path, overwrite)
     digest = run.found.manifest["files"]["ema.safetensors"]
     for done, (subject_id, path) in enumerate(names.items(), 1):
         subject = load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False,
@@ -182,9 +181,7 @@ def sample(run: Run, inputs, out, settings: SampleConfig, *, overwrite: bool = F
             "seed": settings.seed, "steps": settings.steps, "sampler": settings.sampler,
             "image_size": run.config.data.image_size, "phmdiff_fast": __version__,
         }  # fmt: skip
-        partial = path.with_name(f".{path.name}.json.tmp")
-        partial.write_text(json.dumps(sidecar, indent=1) + "\n")
-        os.replace(partial, path.with_name(path.name.replace(".nii.gz", ".json")))
+        write_json(path.with_name(path.name.replace(".nii.gz", ".json")), sidecar)
         if progress is not None:
             progress(subject_id, done, len(names))
     return list(names.values())

@@ -93,17 +93,19 @@ class FinalNorm(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 2 * width))
 
 
-def run_blocks(x: Tensor, cond: Tensor, blocks: nn.ModuleList, final: FinalNorm) -> Tensor:
-    """x (B, N, D) through all blocks and the final modulated norm; cond (B, cond width).
+def run_blocks(x: Tensor, blocks: nn.ModuleList, vectors: list[Tensor]) -> Tensor:
+    """x (B, N, D) through all blocks and the final modulated norm.
 
+    vectors : a block's (B, 6 D) each, then the final norm's (B, 2 D), as the modulations give them
     A block is x += gate attn(LN(x)), x += gate mlp(LN(x)). Every sum is fused with the norm that
     reads it, over the border of a block too, so x is written and read once a sum.
     """
-    vectors = [block.adaLN_modulation(cond).chunk(6, dim=1) for block in blocks]
-    ends = [v[:2] for v in vectors[1:]] + [final.adaLN_modulation(cond).chunk(2, dim=1)]
+    parts = [v.chunk(6, dim=1) for v in vectors[:-1]] + [vectors[-1].chunk(2, dim=1)]
     # Outside autocast all is one type; inside, x stays float32 and the branches are 16-bit.
-    normed = adaln_modulate(x, *vectors[0][:2])
-    for block, (_, _, gate1, shift2, scale2, gate2), (shift, scale) in zip(blocks, vectors, ends, strict=True):
+    normed = adaln_modulate(x, *parts[0][:2])
+    for block, (_, _, gate1, shift2, scale2, gate2), (shift, scale, *_) in zip(
+        blocks, parts[:-1], parts[1:], strict=True
+    ):
         x, normed = gated_residual_adaln(x, block.attn(normed), gate1, shift2, scale2)
         x, normed = gated_residual_adaln(x, block.mlp(normed), gate2, shift, scale)
     return normed  # (B, N, D)
@@ -239,13 +241,26 @@ class MaskedDiT(nn.Module):
             self._positions[key] = sincos_positions(rows, cols, width).to(device)
         return self._positions[key]
 
+    def modulations(self, t: Tensor) -> list[list[Tensor]]:
+        """The adaLN vectors of all levels, one matrix product a layer.
+
+        t : (B,) int64, shared by all levels, or (L, B). Returns for each level a list over encoder
+        blocks and norm, decoder blocks and norm: (B, 6 D) or (B, 2 D) each.
+        """
+        levels = self.level_embed.num_embeddings
+        cond = self.t_embedder(t.flatten()).unflatten(0, t.shape) + self.level_embed.weight[:, None]  # (L, B, D)
+        layers = [*self.blocks, self.encoder_norm, *self.decoder_blocks, self.decoder_norm]
+        vectors = [layer.adaLN_modulation(cond.flatten(0, 1)).unflatten(0, (levels, -1)) for layer in layers]
+        return [[v[level] for v in vectors] for level in range(levels)]
+
     def source_maps(self, sources: Tensor) -> list[Tensor] | None:
         """Stem maps of full-resolution sources (B, Cs, H, W), one a level; None without a stem."""
         return self.stem(sources) if self.stem else None
 
     def forward(
         self, y: Tensor, sources: Tensor, coarse: Tensor | None, t: Tensor, abar: Tensor, level: int,
-        *, stem_map: Tensor | None = None, coarse_up: Tensor | None = None,
+        *, vectors: list[Tensor] | None = None,
+        stem_map: Tensor | None = None, coarse_up: Tensor | None = None,
         eps: Tensor | None = None, mask: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Predict one level from its merged state.
@@ -253,13 +268,15 @@ class MaskedDiT(nn.Module):
         y, eps (B, C, H, W): target and noise, which ``embed_visible`` merges (Eq. 6); a sampler gives
         y_t / sqrt(abar) as y and no eps. sources (B, Cs, H, W) at this level; coarse (B, C, h, w) or
         None at the coarsest level, coarse_up (B, C, H, W) the same upsampled (used by the head).
-        t (B,) int64, abar (B,) float32. mask: (keep_ids (B, K), inverse (B, N)) or None for all.
+        t (B,) int64, abar (B,) float32. vectors: ``modulations(t)[level]`` where known already.
+        mask: (keep_ids (B, K), inverse (B, N)) or None for all.
         Returns (B, C, H, W), float32 also under autocast.
         """
         config, p = self.config, self.config.patch
         height, width = y.shape[2:]
         grid = (height // p, width // p)
-        cond = self.t_embedder(t) + self.level_embed.weight[level]  # (B, D)
+        vectors = self.modulations(t)[level] if vectors is None else vectors
+        encoder, decoder = vectors[: config.depth + 1], vectors[config.depth + 1 :]
         inputs = sources if stem_map is None else torch.cat([sources, stem_map.to(sources.dtype)], 1)
         state_scale = abar.sqrt() if config.scale_state and config.prediction == "x0" else None
 
@@ -270,7 +287,7 @@ class MaskedDiT(nn.Module):
         keep_ids, inverse = (None, None) if mask is None else mask
         pos = self.positions(*grid, config.width, y.device)
         x = _wide(embed(keep_ids, self.x_embedder[level], pos))  # (B, K, D)
-        x = run_blocks(x, cond, self.blocks, self.encoder_norm)  # (B, K, D)
+        x = run_blocks(x, self.blocks, encoder)  # (B, K, D)
         x = self.to_decoder(x)  # (B, K, Dd)
 
         pos = self.positions(*grid, config.decoder_width, y.device)
@@ -282,7 +299,7 @@ class MaskedDiT(nn.Module):
             else:
                 fill = self.mask_token
             x = restore_tokens(x, fill, inverse, pos)  # (B, N, Dd)
-        x = run_blocks(_wide(x), cond, self.decoder_blocks, self.decoder_norm)  # (B, N, Dd)
+        x = run_blocks(_wide(x), self.decoder_blocks, decoder)  # (B, N, Dd)
         x = unpatchify(self.final_layer[level](x), p, height, width)  # (B, outputs, H, W)
         if config.head:
             skips = [sources] + [m for m in (stem_map, coarse_up) if m is not None]

@@ -12,7 +12,6 @@ import errno
 import gzip
 import os
 import stat
-import uuid
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
 
-from .errors import IO, USAGE, PhmdiffError
+from .errors import USAGE, PhmdiffError
+from .files import refuse_existing, whole_file
 
 HEADER_BYTES = 348
 DATA_OFFSET = 352  # header and the four extension bytes
@@ -145,29 +145,16 @@ def write_volume(
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise PhmdiffError("OUTPUT_NAME", "an output ends in .nii or .nii.gz", "rename it", exit_code=USAGE, file=path)
-    if os.path.lexists(path) and not overwrite:
-        raise PhmdiffError("OUTPUT_EXISTS", "the output exists already", "choose another folder or pass --overwrite",
-                           exit_code=USAGE, file=path)  # fmt: skip
+    refuse_existing(path, overwrite)
     header = _fresh_header(grid, descrip).binaryblock + bytes(DATA_OFFSET - HEADER_BYTES)
     data = to_original(voxels_ras, grid).astype("<f4").tobytes(order="F")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            if path.name.endswith(".gz"):
-                # No name and no time in the gzip header: the same voxels give the same bytes.
-                with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=4, mtime=0) as packed:
-                    packed.write(header + data)
-            else:
-                file.write(header + data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as problem:
-        raise PhmdiffError("OUTPUT_WRITE", f"cannot be written ({problem.strerror})",
-                           "check that the folder exists, may be written to and has room",
-                           exit_code=IO, file=path) from None  # fmt: skip
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        if path.name.endswith(".gz"):
+            # No name and no time in the gzip header: the same voxels give the same bytes.
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=4, mtime=0) as packed:
+                packed.write(header + data)
+        else:
+            file.write(header + data)
     return path
 
 

@@ -67,10 +67,10 @@ class PHMDiff(nn.Module):
             return None
         return draw_mask(sample_ids, num_patches, keep, rng=rng, stream=_philox.mask_stream(level))
 
-    def _predict(self, level, y, sources, coarse, t, abar, maps, *, eps=None, mask=None) -> Tensor:
+    def _predict(self, level, y, sources, coarse, t, abar, maps, vectors, *, eps=None, mask=None) -> Tensor:
         coarse_up = None if coarse is None else upsample(coarse, *y.shape[2:])
         stem_map = None if maps is None else maps[level]
-        return self.net(y, sources, coarse, t, abar, level,
+        return self.net(y, sources, coarse, t, abar, level, vectors=vectors[level],
                         stem_map=stem_map, coarse_up=coarse_up, eps=eps, mask=mask)  # fmt: skip
 
     def loss(
@@ -86,6 +86,7 @@ class PHMDiff(nn.Module):
         maps = self.net.source_maps(source_levels[0])
         t = self.schedule.draw(sample_ids, rng, train.last_t_share)
         abar = self.schedule(t)
+        vectors = self.net.modulations(t)
         weights = [spec.weight for spec in self.config.levels]
         denoise, mmd = [], []
         coarse = None  # 0 at the coarsest level: ours, the paper does not say
@@ -94,7 +95,7 @@ class PHMDiff(nn.Module):
             eps = _philox.normals(sample_ids, y[0].numel(), rng=rng, stream=_philox.EPS + level).view_as(y)
             num_patches = y.shape[2] * y.shape[3] // self.config.patch**2
             mask = self._mask(level, num_patches, sample_ids, rng) if masked else None
-            out = self._predict(level, y, source_levels[level], coarse, t, abar, maps, eps=eps, mask=mask)
+            out = self._predict(level, y, source_levels[level], coarse, t, abar, maps, vectors, eps=eps, mask=mask)
             term, x0, eps_hat = self._level_loss(out, y, eps, abar, mask, train)
             denoise.append(term)
             mmd.append(
@@ -131,12 +132,13 @@ class PHMDiff(nn.Module):
         batch = states[0].shape[0]
         steps = torch.full((batch,), t, dtype=torch.int64, device=states[0].device)
         abar = self.schedule(steps)
+        vectors = self.net.modulations(steps)
         out: list[Tensor] = [states[0]] * self.num_levels
         coarse = None
         for level in reversed(range(self.num_levels)):
             y_t = states[level]
             clean = y_t / per_sample(abar.sqrt())  # embed_visible multiplies by sqrt(abar) again
-            x0 = self._predict(level, clean, source_levels[level], coarse, steps, abar, maps)
+            x0 = self._predict(level, clean, source_levels[level], coarse, steps, abar, maps, vectors)
             if self.config.prediction == "eps":
                 x0 = x0_from_eps(y_t, x0, abar)
             out[level] = coarse = x0.clamp(-1, 1)

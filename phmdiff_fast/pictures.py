@@ -8,13 +8,11 @@ Files are written under a temporary name and renamed.
 from __future__ import annotations
 
 import io
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
 
-from .errors import IO, PhmdiffError
+from .files import whole_file
 
 ERROR_TOP = 0.5  # |error| at the end of the colour scale, of a range of 2: fixed, so that strips compare
 ERROR_MAP = "magma"  # readable without colour vision, and on grey print
@@ -221,14 +219,6 @@ def _save(path: str | Path, canvas, palette: np.ndarray | None = None) -> Path:
     png = io.BytesIO()
     picture.save(png, format="png", optimize=True, dpi=(DPI, DPI))
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_bytes(png.getvalue())
-        os.replace(temporary, path)
-    except OSError as problem:
-        raise PhmdiffError("OUTPUT_WRITE", f"cannot be written ({problem.strerror})",
-                           "check that the folder exists, may be written to and has room",
-                           exit_code=IO, file=path) from None  # fmt: skip
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(png.getvalue())
     return path

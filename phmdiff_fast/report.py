@@ -10,12 +10,11 @@ from __future__ import annotations
 import base64
 import html
 import math
-import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import IO, USAGE, PhmdiffError
+from .errors import IO, PhmdiffError
+from .files import refuse_existing, whole_file
 
 METHOD_NAMES = {"ours": "PHMDiff (ours)", "lookup": "value lookup table", "unet_l1": "U-Net, L1 loss"}
 # metric -> (head, decimals, whether more is better)
@@ -94,9 +93,7 @@ def write_demo_page(
     cannot be read, OUTPUT_WRITE (exit 74); ValueError as ``format_table``.
     """
     path = Path(path)
-    if os.path.lexists(path) and not overwrite:
-        raise PhmdiffError("OUTPUT_EXISTS", "the page exists already", "choose another name or pass --overwrite",
-                           exit_code=USAGE, file=path)  # fmt: skip
+    refuse_existing(path, overwrite)
     parts = [f"<header><h1>{_text(title)}</h1></header>"]
     if notes:
         items = "".join(f"<p>{_text(note)}</p>" for note in notes)
@@ -113,16 +110,8 @@ def write_demo_page(
         figure = _figure("Training loss and validation score over optimizer steps.", curves_png, "training curves")
         parts.append(f'<section class="narrow"><h2>Training</h2>{figure}</section>')
     page = _PAGE.format(title=_text(title), style=_STYLE, body="\n".join(parts))
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as problem:
-        raise PhmdiffError("OUTPUT_WRITE", f"cannot be written ({problem.strerror})",
-                           "check that the folder exists, may be written to and has room",
-                           exit_code=IO, file=path) from None  # fmt: skip
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(page.encode())
     return path
 
 

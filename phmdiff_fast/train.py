@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from .config import Config, load_toml
 from .device import autocast, pick_device, pick_precision
 from .ema import EMA
 from .errors import NONFINITE, USAGE, DataErrors, PhmdiffError
+from .files import write_json
 from .masking import level_complexity
 from .phmdiff import PHMDiff
 from .progress import bar, say, share_bar
@@ -50,13 +50,6 @@ def learning_rate(config, step: int, share: float) -> float:
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
     return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def prepare_split(cohort: data.Cohort, config: Config, split_file) -> dict[str, list[str]]:

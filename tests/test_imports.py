@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # -> kernels and the extension. A module may import from strictly lower ranks only.
 RANKS = [
     ["errors"],
-    ["config", "progress"],
+    ["config", "progress", "files"],
     ["kernels._impl", "kernels._philox"],
     ["kernels.patch_mask", "kernels.adaln", "kernels.mmd"],
     ["pyramid", "attention", "nifti", "grid", "device"],

@@ -129,3 +129,17 @@ def test_positions_and_dropped_ids():
     ids, inverse = draw_mask(torch.arange(3), 10, 4, rng=(0, 0))
     both = torch.cat([ids, dropped_ids(inverse, 4)], 1).sort(1).values
     assert both.tolist() == [list(range(10))] * 3
+
+
+def test_modulations_of_all_levels_at_once_are_those_of_each():
+    net = woken(MaskedDiT(small(), 2))
+    t = torch.tensor([900, 40])
+    together = net.modulations(t)
+    assert len(together) == 2
+    assert [v.shape[1] for v in together[0]] == [192, 192, 64, 96, 32]  # 2 blocks, norm, 1 block, norm
+    apart = net.modulations(torch.stack([t, t.flip(0)]))  # a t per level
+    for a, b, c in zip(together[0], apart[0], net.modulations(t.flip(0))[1], strict=True):
+        torch.testing.assert_close(a, b)
+        assert not torch.equal(a, c)
+    for b, c in zip(apart[1], net.modulations(t.flip(0))[1], strict=True):
+        torch.testing.assert_close(b, c)
