@@ -107,8 +107,8 @@ class TrainConfig(Settings):
     mmd_rows: int = Field(256, ge=2, le=1024)  # patch vectors a level, chosen by Philox
     token_x0_weight: float = Field(0.1, ge=0)  # decoder_input="token": x0 loss of masked tokens
     flip: bool = True
-    gamma: float = Field(0.2, ge=0)  # the source's gamma is exp(U(-gamma, gamma))
-    scale: float = Field(0.1, ge=0, lt=1)  # the source's brightness is times U(1 - scale, 1 + scale)
+    gamma: float = Field(0.4, ge=0)  # the source's gamma is exp(U(-gamma, gamma))
+    scale: float = Field(0.2, ge=0, lt=1)  # the source's brightness is times U(1 - scale, 1 + scale)
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor multiplies it natively
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)

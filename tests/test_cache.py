@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import time
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -389,3 +390,24 @@ def test_the_real_people_with_t1_and_t2(tmp_path):
     assert abs(inside.mean()) < 0.7
     assert batch["target"][~batch["foreground"]].mean() < -0.9
     assert SliceCache.ensure(tmp_path, cohort, people, config)[1] is None
+
+
+def test_memory_does_not_grow_with_the_number_of_subjects(tmp_path):
+    """Building and reading hold one subject and one batch, whatever the cohort's size."""
+    names = [f"m{i:02d}" for i in range(16)]
+    for number, subject in enumerate(names):
+        for other, contrast in enumerate(("t1", "t2")):
+            save(tmp_path / "many" / subject / f"{subject}_{contrast}.nii.gz", scan(100 + 2 * number + other))
+    many = discover(tmp_path / "many")
+    config = CONFIG.model_copy(update={"sources": ["t1"], "target": "t2"})
+    peaks = []
+    for count in (2, 2, 16):  # the first run pays for what is imported late
+        tracemalloc.start()
+        try:
+            built = SliceCache.build(tmp_path / f"cache-{count}", many, names[:count], config)
+            for start in range(0, len(built), 4):
+                built.batch(np.arange(start, min(start + 4, len(built))))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[2] < peaks[1] * 1.25 + 40_000, peaks  # the index takes about 2 kB a subject
