@@ -14,10 +14,11 @@ from . import metrics
 from .baselines import LookupTable, train_unet, unet_predict
 from .cache import SliceCache
 from .config import SampleConfig
-from .data import Cohort, DataErrors, discover, load_subject, select_subjects
-from .errors import DATA, USAGE, PhmdiffError
+from .data import Cohort, discover, load_subject, select_subjects
+from .errors import DATA, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
 from .generate import Run, foreground_slices, in_plane, predict, scaled_slices
+from .progress import say
 
 METHODS = ("ours", "lookup", "unet_l1")
 
@@ -72,7 +73,9 @@ def predictors(run: Run, cohort: Cohort, settings: SampleConfig, baselines: bool
     split = json.loads((run.folder / "split.json").read_text())
     used = [*split["train"], *split["val"]]
     select_subjects(cohort, run.config.data, used)
-    cache, _ = SliceCache.ensure(run.folder / "cache", cohort, used, run.config.data)
+    cache, changed = SliceCache.ensure(run.folder / "cache", cohort, used, run.config.data)
+    if changed:
+        say(f"slice cache is built again: {changed}")
     rows = np.concatenate([cache.rows_of(s) for s in split["train"]])
     table = LookupTable.fit(cache, rows)
     seconds = float(run.found.manifest["seconds"])

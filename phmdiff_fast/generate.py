@@ -145,9 +145,10 @@ def _inputs(run: Run, inputs: list[Path]) -> Cohort:
 def sample(run: Run, inputs, out, settings: SampleConfig, *, overwrite: bool = False, progress=None) -> list[Path]:
     """Write ``<subject>_<target>_syn.nii.gz`` and a JSON sidecar for every subject of ``inputs``.
 
-    The volume lies on the input's own grid, with its affine. Everything is checked before anything
-    is written. ``progress(subject, done, total)`` is called after each subject. Returns the volumes'
-    paths. Raises PhmdiffError (2 usage and existing output, 3 data, 74 disk).
+    The volume lies on the input's own grid, with its affine. Missing contrasts and existing outputs
+    are refused before anything is written. ``progress(subject, done, total)`` is called after each
+    subject. Returns the volumes' paths. Raises PhmdiffError (2 usage and existing output, 3 data,
+    74 disk).
     """
     out = Path(out)
     cohort = _inputs(run, [Path(p) for p in inputs])

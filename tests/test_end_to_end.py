@@ -163,6 +163,30 @@ def test_check_tells_every_problem_at_once(tiny_cohort, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_the_other_layouts_go_the_same_way(trained, tiny_cohort, tmp_path, capsys):
+    newer, listed = tmp_path / "newer", tmp_path / "listed"
+    lines = ["subject,contrast,path"]
+    for name in ("p0", "p3"):
+        (newer / name).mkdir(parents=True)
+        listed.mkdir(exist_ok=True)
+        for old, new in (("t1", "t1n"), ("t2", "t2w")):
+            file = tiny_cohort / name / f"{name}_{old}.nii.gz"
+            shutil.copy(file, newer / name / f"{name}-{new}.nii.gz")
+            shutil.copy(file, listed / f"{old}of{name}.nii.gz")
+            lines.append(f"{name},{old},{old}of{name}.nii.gz")
+    (listed / "people.csv").write_text("\n".join(lines))
+    volumes = []
+    for data, layout in ((newer, "brats2023"), (listed / "people.csv", "csv")):
+        assert cli("check", data, "--source", "t1", "--target", "t2", "--quiet") == 0
+        assert f"2 people in {layout} layout" in capsys.readouterr().out
+        out = tmp_path / layout
+        assert cli("sample", trained, data, "--out", out, "--quiet") == 0
+        assert cli("evaluate", trained, data, "--quiet") == 0
+        assert "people: p3" in capsys.readouterr().out
+        volumes.append(np.asarray(nib.load(out / "p3_t2_syn.nii.gz").dataobj))
+    assert np.array_equal(*volumes)
+
+
 def mistakes(cohort, run, tmp):
     """(arguments, exit code, what the line must say)."""
     (tmp / "empty").mkdir()
