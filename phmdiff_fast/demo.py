@@ -20,6 +20,7 @@ from .simulate import simulate_cohort
 from .train import read_log, train
 
 MARK = ".phmdiff-fast-demo"  # in a folder a demo made: only such a folder is ever replaced
+SHORT_NAMES = {"lookup": "lookup table", "unet_l1": "U-Net L1"}
 
 
 def fresh_folder(out: Path, overwrite: bool) -> None:
@@ -52,13 +53,19 @@ def draw_cases(result: Evaluation, folder: Path) -> list[tuple[str, Path]]:
                 "source": list(case.sources[z]),
                 "synthesized": result.made["ours"][case.subject][z],
                 "truth": case.target[z],
-                "others": {m: result.made[m][case.subject][z] for m in result.made if m != "ours"},
+                "others": {SHORT_NAMES[m]: result.made[m][case.subject][z] for m in result.made if m != "ours"},
+                "source_names": ["source T1"],
             }
             for z in best_slices(case.foreground, 2)
         ]
         path = folder / f"{case.subject}.png"
-        pictures.strip(path, rows, title=f"{case.subject}, a person not seen in training")
-        strips.append((f"{case.subject}: source, synthesized, truth and error", path))
+        pictures.strip(path, rows, title=f"{case.subject}, not seen in training")
+        strips.append(
+            (
+                f"{case.subject}: the T1 it starts from, T2 by each method (ours in bold), the true T2, and the errors",
+                path,
+            )
+        )
     return strips
 
 

@@ -17,7 +17,7 @@ from .device import autocast, pick_device, pick_precision
 from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
 from .grid import InPlane, fit_scaling
-from .layouts import FILE_NAME
+from .layouts import FILE_NAME, SUFFIXES
 from .nifti import write_volume
 from .phmdiff import PHMDiff
 from .progress import say
@@ -91,6 +91,9 @@ def predict(run: Run, sources: np.ndarray, settings: SampleConfig, *, first: int
     ``first`` is the number of the first slice in its volume; slice z takes noise number z, so the
     same seed gives the same volume whatever the batch.
     """
+    if settings.steps > run.model.schedule.timesteps:
+        what = f"{settings.steps} steps are more than the run's {run.model.schedule.timesteps} timesteps"
+        raise PhmdiffError("STEPS", what, "lower --steps", exit_code=USAGE)
     made = []
     for start in range(0, len(sources), settings.batch_size):
         part = torch.from_numpy(np.ascontiguousarray(sources[start : start + settings.batch_size])).to(run.device)
@@ -121,6 +124,13 @@ def synthesize(run: Run, subject: Subject, settings: SampleConfig, *, progress=N
     return (unit.clip(0, 1) * run.facts["median_p995"]).astype(np.float32)
 
 
+def subject_and_contrast(path: Path) -> tuple[str, str | None]:
+    """``p1_t1.nii.gz`` -> ("p1", "t1"); a name that tells no contrast -> (its stem, None)."""
+    match = FILE_NAME.fullmatch(path.name)
+    contrast = SUFFIXES[match["separator"]][1].get(match["word"]) if match else None
+    return (match["id"] if contrast else path.name.removesuffix(".gz").removesuffix(".nii")), contrast
+
+
 def _inputs(run: Run, inputs: list[Path]) -> Cohort:
     """Files, subject folders and cohorts given on the command line, as one cohort."""
     files: dict[str, dict[str, Path]] = {}
@@ -131,8 +141,10 @@ def _inputs(run: Run, inputs: list[Path]) -> Cohort:
             if len(run.sources) > 1:
                 raise PhmdiffError("NEED_FOLDER", f"is one file; this run needs {', '.join(run.sources)}",
                                    "give the subject's folder", exit_code=USAGE, file=path)  # fmt: skip
-            match = FILE_NAME.fullmatch(path.name)
-            name = match["id"] if match else path.name.removesuffix(".gz").removesuffix(".nii")
+            name, contrast = subject_and_contrast(path)
+            if contrast not in (None, run.sources[0]):
+                raise PhmdiffError("WRONG_CONTRAST", f"is a {contrast} by its name; this run needs {run.sources[0]}",
+                                   "give that scan, or rename the file", exit_code=USAGE, file=path)  # fmt: skip
             new = {name: {run.sources[0]: path}}
         for subject, contrasts in new.items():
             if subject in files:

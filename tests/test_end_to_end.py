@@ -213,6 +213,8 @@ def mistakes(cohort, run, tmp):
         "unknown person in the split": ([*train, "--out", tmp / "r", "--split", tmp / "bad.json"], 2, "nobody"),
         "no run": (["sample", tmp / "empty", cohort, "--out", tmp / "o"], 2, "NO_RUN"),
         "not a scan": (["sample", run, tmp / "text.nii.gz", "--out", tmp / "o"], 3, "text.nii.gz"),
+        "wrong contrast": (["sample", run, cohort / "p0" / "p0_t2.nii.gz", "--out", tmp / "o"], 2, "is a t2"),
+        "too many steps": (["sample", run, cohort / "p0", "--out", tmp / "o", "--steps", 2000], 2, "2000 steps"),
         "missing input": (["sample", run, tmp / "none.nii.gz", "--out", tmp / "o"], 3, "none.nii.gz"),
         "unknown protocol": (["evaluate", run, cohort, "--protocol", "best"], 2, "phmdiff-slice"),
         "other settings": ([*train, "--out", run, "--set", "model.depth=2"], 2, "model.depth"),
