@@ -41,12 +41,15 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
 # On a machine with a GPU: what is marked gpu, then the benchmarks, whose figures go to $(RESULTS).
-# It runs in the machine's own Python, which has the GPU build of torch; where packages are missing
-# and there is no network, put them into carry/site (pip install --target carry/site ...).
+# It runs in .venv where there is one (make test TORCH=torch makes it), else in the machine's own
+# Python; what that lacks can lie in carry/site (pip install --target carry/site ...).
 RESULTS ?= benchmarks/results
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check: export PYTHONPATH := .:carry/site
 gpu-check:
-	PYTHONPATH=.:carry/site $(PYTHON) -m pytest tests -m gpu
-	PYTHONPATH=.:carry/site $(PYTHON) -m pytest benchmarks/ --benchmark-only --benchmark-json=$(RESULTS)/gpu-check.json
+	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: torch sees no GPU here')"
+	$(GPU_PYTHON) -m pytest tests -m gpu
+	$(GPU_PYTHON) -m pytest benchmarks/ --benchmark-only --benchmark-json=$(RESULTS)/gpu-check.json
 
 clean:
 	rm -rf build dist *.egg-info $(DEMO)
