@@ -73,7 +73,7 @@ def embed_visible_reference(
     patch = math.isqrt(weight.shape[1] // merged)
     if rng is not None:
         eps = _philox.normals(sample_ids, y[0].numel(), rng=rng, stream=stream).view_as(y)
-    state = abar.sqrt()[:, None, None, None] * patch_rows(y, patch, keep_ids)  # (B, K, C, p p)
+    state = _per_sample(abar.sqrt()) * patch_rows(y, patch, keep_ids)  # (B, K, C, p p)
     if eps is not None:
         state = state + _per_sample((1 - abar).sqrt()) * patch_rows(eps, patch, keep_ids)
     parts = [patch_rows(sources, patch, keep_ids)]

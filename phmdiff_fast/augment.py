@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .config import TrainConfig
-from .diffusion import per_sample
 from .kernels import _philox
+from .pyramid import per_sample
 
 FLIP, GAMMA, SCALE = (_philox.AUGMENT + n for n in range(3))
 

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import _philox
-
-
-def per_sample(v: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)."""
-    return v[:, None, None, None]
+from .pyramid import per_sample
 
 
 class Schedule(nn.Module):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .diffusion import eps_from_x0, per_sample
+from .diffusion import eps_from_x0
 from .kernels import _philox
 from .kernels.mmd import mmd2
 from .kernels.patch_mask import patch_rows
+from .pyramid import per_sample
 
 IMPLIED_NOISE_FLOOR = 0.01  # below this 1 - abar the noise implied by an x0 estimate blows up
 

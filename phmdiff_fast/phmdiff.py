@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from . import losses
 from .config import ModelConfig, TrainConfig
-from .diffusion import Schedule, noised, per_sample, x0_from_eps
+from .diffusion import Schedule, noised, x0_from_eps
 from .kernels import _philox
 from .kernels.patch_mask import draw_mask
 from .masking import mask_ratios, num_kept
 from .model import MaskedDiT
-from .pyramid import build_pyramid, upsample
+from .pyramid import build_pyramid, per_sample, upsample
 from .sampling import ddim
 
 

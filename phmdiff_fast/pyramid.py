@@ -14,7 +14,8 @@ from torch import Tensor
 from .kernels._impl import choose
 
 
-def _per_sample(v: Tensor) -> Tensor:
+def per_sample(v: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
     return v[:, None, None, None]
 
 
@@ -56,11 +57,11 @@ def merge_state(y: Tensor, eps: Tensor, coarse: Tensor | None, abar: Tensor, *, 
         raise ValueError(
             f"merge_state: y {tuple(y.shape)}, eps {tuple(eps.shape)}, abar {tuple(abar.shape)} do not fit"
         )
-    state = _per_sample(abar.sqrt()) * y + _per_sample((1 - abar).sqrt()) * eps
+    state = per_sample(abar.sqrt()) * y + per_sample((1 - abar).sqrt()) * eps
     if coarse is None:
         return state
     _check_half("merge_state", coarse, y)
-    return state + _per_sample(1 - abar.sqrt()) * upsample(coarse, *y.shape[2:])
+    return state + per_sample(1 - abar.sqrt()) * upsample(coarse, *y.shape[2:])
 
 
 def upsample_add(coarse: Tensor, x: Tensor, weight: Tensor, *, impl: str | None = None) -> Tensor:
@@ -70,7 +71,7 @@ def upsample_add(coarse: Tensor, x: Tensor, weight: Tensor, *, impl: str | None 
     """
     choose("upsample_add", impl)
     _check_half("upsample_add", coarse, x)
-    return x + _per_sample(weight) * upsample(coarse, *x.shape[2:])
+    return x + per_sample(weight) * upsample(coarse, *x.shape[2:])
 
 
 def haar3d(x: Tensor, *, impl: str | None = None) -> Tensor:

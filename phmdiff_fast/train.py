@@ -261,7 +261,7 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
     log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in the finally below)
     begun = last_saved = time.monotonic()
     meter = share_bar("training", progress)
-    masked, first_step = True, step
+    first_step = step
 
     def seconds() -> float:
         return before + time.monotonic() - begun

@@ -10,12 +10,14 @@ import sys
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import phantom, write_scan
 
-from phmdiff_fast import generate
+from phmdiff_fast import generate, train
 from phmdiff_fast.cli import main
-from phmdiff_fast.config import SampleConfig
+from phmdiff_fast.config import SampleConfig, TrainConfig
 from phmdiff_fast.data import discover, load_subject
+from phmdiff_fast.kernels._impl import BackendError
 
 TINY = [f"model.{k}={v}" for k, v in dict(depth=1, width=32, heads=2, decoder_depth=1, decoder_width=16,
                                           decoder_heads=2, stem_width=8, head_width=8).items()]  # fmt: skip
@@ -62,9 +64,12 @@ def test_train_resume_sample_evaluate(trained, tiny_cohort, tmp_path, capsys):
     # The same command with the same budget has nothing to do; a larger budget goes on.
     assert cli("train", tiny_cohort, "--out", run, "--steps", 6, "--quiet") == 0
     assert "already has its 6 steps" in capsys.readouterr().err
-    assert cli("train", tiny_cohort, "--out", run, "--steps", 9, "--quiet") == 0
+    assert cli("train", tiny_cohort, "--out", run, "--steps", 10, "--quiet") == 0
     assert "going on from step 6" in capsys.readouterr().err
-    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000006", "step-00000010"]
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    stages = {record["step"]: record["stage"] for record in records if "stage" in record}
+    assert (stages[1], stages[10]) == ("masked", "unmasked")
 
     out = tmp_path / "out"
     source = tiny_cohort / "p3" / "p3_t1.nii.gz"
@@ -78,7 +83,7 @@ def test_train_resume_sample_evaluate(trained, tiny_cohort, tmp_path, capsys):
     assert np.isfinite(values).all()
     assert (values[np.asarray(given.dataobj) == 0] == 0).all()
     sidecar = json.loads((out / "p3_t2_syn.json").read_text())
-    assert (sidecar["units"], sidecar["steps"], sidecar["seed"], sidecar["checkpoint_step"]) == ("arbitrary", 2, 0, 9)
+    assert (sidecar["units"], sidecar["steps"], sidecar["seed"], sidecar["checkpoint_step"]) == ("arbitrary", 2, 0, 10)
     assert len(sidecar["checkpoint_sha256"]) == 64
     assert {p.name for p in out.iterdir()} == {f"p{i}_t2_syn.{e}" for i in (0, 3) for e in ("nii.gz", "json")}
 
@@ -267,6 +272,67 @@ def test_doctor_names_every_operation(capsys):
     out = capsys.readouterr().out
     for word in ("torch", "draw_mask", "embed_visible", "mmd2", "build_pyramid", "attention", "precision"):
         assert word in out
+
+
+def test_a_run_is_opened_with_its_averaged_weights(trained):
+    run = generate.load(trained)
+    average, last = (run.found.tensors(name) for name in ("ema", "model"))
+    weights = dict(run.model.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in average.items())
+    assert any(not torch.equal(last[name], value) for name, value in average.items())
+
+
+def test_a_volume_s_units_are_those_of_the_training_set(trained, tiny_cohort, monkeypatch):
+    """A prediction of 1 everywhere becomes the median 99.5 percentile inside, and 0 outside."""
+    run = generate.load(trained)
+    subject = load_subject(discover(tiny_cohort), "p3", ["t1"], foreground_from="t1")
+    monkeypatch.setattr(generate, "predict", lambda run, sources, settings, **_: np.ones_like(sources[:, 0]))
+    volume = generate.synthesize(run, subject, SampleConfig())
+    assert np.allclose(volume[subject.foreground], run.facts["median_p995"])
+    assert (volume[~subject.foreground] == 0).all()
+    assert run.facts["median_p995"] > 500  # the phantom's brightest shell has 1100
+
+
+def test_interrupted_training_saves_and_goes_on(tiny_cohort, tmp_path, monkeypatch, capsys):
+    arguments = ["train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", tmp_path / "r", "--steps", 5,
+                 "--image-size", 24, "--quiet", *TINY]  # fmt: skip
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        real = train.learning_rate
+        patch.setattr(
+            train, "learning_rate", lambda c, step, share: interrupted() if step == 3 else real(c, step, share)
+        )
+        assert cli(*arguments) == 130
+    assert (tmp_path / "r" / "checkpoints" / "step-00000003").is_dir()
+    assert cli(*arguments) == 0
+    assert "going on from step 3" in capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_cohort, tmp_path, capsys):
+    arguments = ["train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", tmp_path / "r", "--steps", 9,
+                 "--image-size", 24, "--quiet", *TINY, "--set", "train.lr=1e30"]  # fmt: skip
+    assert cli(*arguments) == 5
+    assert "error[NONFINITE]" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "checkpoints").exists()  # weights that blew up are not kept
+
+
+def test_a_backend_that_cannot_run_gets_exit_code_8(monkeypatch, capsys):
+    def refuse():
+        raise BackendError("mmd2: impl='triton' cannot run here")
+
+    monkeypatch.setattr("phmdiff_fast.doctor.report", refuse)
+    assert cli("doctor") == 8
+    assert "error[BACKEND]" in capsys.readouterr().err
+
+
+def test_learning_rate_by_hand():
+    config = TrainConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
+    assert train.learning_rate(config, 0, 0.0) == pytest.approx(0.25)
+    assert train.learning_rate(config, 9, 0.5) == pytest.approx(0.55)
+    assert train.learning_rate(config, 9, 1.5) == pytest.approx(0.1)
 
 
 @pytest.mark.slow

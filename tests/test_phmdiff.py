@@ -167,3 +167,29 @@ def test_overfits_one_slice_and_gets_it_back(prediction):
     if prediction == "x0":
         assert psnr(1) > 26
     assert psnr(10) > (26 if prediction == "x0" else 15)
+
+
+def test_the_coarser_estimate_is_detached():
+    """With the finest level alone in the loss nothing of the coarser levels' own layers learns."""
+    levels = [LevelSpec(mask_ratio=0.5, weight=w) for w in (1.0, 0.0, 0.0)]
+    torch.manual_seed(0)
+    model = PHMDiff(small(levels=levels, stem=False), 1)
+    for p in model.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    one(model, mmd_weight=0.0).total.backward()
+    assert model.net.final_layer[0].weight.grad.abs().sum() > 0
+    assert all(model.net.final_layer[n].weight.grad.abs().sum() == 0 for n in (1, 2))
+
+
+def test_the_scaled_state_keeps_the_noise_out_at_high_t():
+    for scaled in (True, False):
+        torch.manual_seed(0)
+        model = PHMDiff(small(scale_state=scaled), 1).eval()
+        for p in model.parameters():
+            if p.abs().sum() == 0:
+                torch.nn.init.normal_(p, std=0.05)
+        source, _ = images()
+        made = [model.translate(source, torch.arange(4), seed=seed)[0] for seed in (1, 2)]
+        difference = float((made[0] - made[1]).abs().mean())
+        assert (difference < 1e-2) == scaled, difference
