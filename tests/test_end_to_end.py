@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import phantom, write_scan
 
-from phmdiff_fast import generate, train
+from phmdiff_fast import evaluate, generate, train
 from phmdiff_fast.cli import main
 from phmdiff_fast.config import SampleConfig, TrainConfig
-from phmdiff_fast.data import discover, load_subject
+from phmdiff_fast.data import Subject, discover, load_subject
 from phmdiff_fast.kernels._impl import BackendError
+from phmdiff_fast.nifti import Grid
 
 TINY = [f"model.{k}={v}" for k, v in dict(depth=1, width=32, heads=2, decoder_depth=1, decoder_width=16,
                                           decoder_heads=2, stem_width=8, head_width=8).items()]  # fmt: skip
@@ -67,6 +68,10 @@ def test_train_resume_sample_evaluate(trained, tiny_cohort, tmp_path, capsys):
     assert cli("train", tiny_cohort, "--out", run, "--steps", 10, "--quiet") == 0
     assert "going on from step 6" in capsys.readouterr().err
     assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000006", "step-00000010"]
+    spent = [
+        json.loads((run / "checkpoints" / f"step-{n:08d}" / "manifest.json").read_text())["seconds"] for n in (6, 10)
+    ]
+    assert spent[1] > spent[0]  # the time of both parts counts
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     stages = {record["step"]: record["stage"] for record in records if "stage" in record}
     assert (stages[1], stages[10]) == ("masked", "unmasked")
@@ -291,6 +296,43 @@ def test_a_volume_s_units_are_those_of_the_training_set(trained, tiny_cohort, mo
     assert np.allclose(volume[subject.foreground], run.facts["median_p995"])
     assert (volume[~subject.foreground] == 0).all()
     assert run.facts["median_p995"] > 500  # the phantom's brightest shell has 1100
+
+
+def test_slices_keep_their_numbers_and_the_foreground_is_half_a_pixel(trained, monkeypatch):
+    run = generate.load(trained)
+    inside = np.zeros((48, 48, 6), bool)
+    inside[4:24, 4:24, 2:5] = True
+    inside[24, 4:24, 2:5] = True  # one of two voxels of a pixel at 24 x 24: half of it counts
+    voxels = np.where(inside, np.random.default_rng(0).uniform(100, 200, inside.shape), 0).astype(np.float32)
+    subject = Subject("q", {"t1": voxels}, np.eye(4), Grid(voxels.shape, np.eye(4)), inside)
+    firsts = []
+
+    def predict(run, sources, settings, *, first=0, **_):
+        firsts.append((first, len(sources)))
+        return sources[:, 0]
+
+    monkeypatch.setattr(generate, "predict", predict)
+    generate.synthesize(run, subject, SampleConfig())
+    assert firsts == [(2, 3)]
+    on_grid = generate.foreground_slices(inside, generate.in_plane(run, subject))
+    assert on_grid.shape == (6, 24, 24)
+    assert on_grid[3].sum() == 11 * 10
+    assert not on_grid[[0, 1, 5]].any()
+
+
+def test_baselines_see_the_training_people_only(trained, tiny_cohort, monkeypatch):
+    seen = {}
+
+    def train_unet(cache, rows, config, seconds, *_, **__):
+        seen.update(cache=cache, rows=rows, seconds=seconds)
+        return None, 0
+
+    monkeypatch.setattr(evaluate, "train_unet", train_unet)
+    run = generate.load(trained)
+    evaluate.predictors(run, discover(tiny_cohort), SampleConfig(), True, None)
+    assert seen["cache"].subjects == ["p0", "p1", "p2"]
+    assert seen["rows"].tolist() == [*seen["cache"].rows_of("p0"), *seen["cache"].rows_of("p1")]
+    assert seen["seconds"] == run.found.manifest["seconds"]
 
 
 def test_interrupted_training_saves_and_goes_on(tiny_cohort, tmp_path, monkeypatch, capsys):

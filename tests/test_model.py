@@ -143,3 +143,20 @@ def test_modulations_of_all_levels_at_once_are_those_of_each():
         assert not torch.equal(a, c)
     for b, c in zip(apart[1], net.modulations(t.flip(0))[1], strict=True):
         torch.testing.assert_close(b, c)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_patches_know_their_place(masked):
+    """With the same content everywhere only the position can tell patches apart, encoder and decoder each."""
+    net = woken(MaskedDiT(small(stem=False, head=False, decoder_input="token"), 2))
+    mask = draw_mask(torch.arange(2), 16, 8, rng=(0, 0)) if masked else None
+    zero = dict(y=torch.zeros(2, 1, 16, 16), eps=torch.zeros(2, 1, 16, 16), sources=torch.zeros(2, 2, 16, 16),
+                coarse=torch.zeros(2, 1, 8, 8))  # fmt: skip
+    whole = call(net, mask=mask, **zero).unfold(2, 4, 4).unfold(3, 4, 4).reshape(2, 16, 16)
+    assert (whole.var(1) > 0).any()
+    positions = net.positions
+    for width in (32, 16):  # the encoder's, the decoder's
+        net.positions = lambda r, c, w, d, off=width: positions(r, c, w, d) * (0 if w == off else 1)
+        assert not torch.allclose(
+            call(net, mask=mask, **zero).unfold(2, 4, 4).unfold(3, 4, 4).reshape(2, 16, 16), whole
+        )
