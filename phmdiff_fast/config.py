@@ -42,6 +42,9 @@ class DataConfig(Settings):
     target: str = "t2"
     image_size: int = Field(64, ge=8, le=1024)  # in-plane, after crop or pad and area resampling
     crop: int | None = Field(None, ge=8)  # side in voxels of the centre crop; None: longer in-plane side
+    axis: Literal["axial", "coronal", "sagittal"] = "axial"  # which slices; of the scan turned to RAS
+    context_slices: int = Field(0, ge=0, le=8)  # neighbouring source slices on each side, as further channels
+    hu_window: tuple[float, float] = (-1024.0, 3000.0)  # HU that become -1 and 1 (ct, cbct); synthrad2023's range
     min_foreground: float = Field(0.01, ge=0.0, lt=1.0)  # a training slice has at least this share
     skip_incomplete: bool = False  # leave subjects without every contrast asked for out
 
@@ -51,7 +54,14 @@ class DataConfig(Settings):
             raise ValueError(f"target {self.target!r} is also a source")
         if len(set(self.sources)) != len(self.sources):
             raise ValueError("a source is named twice")
+        if not self.hu_window[0] < self.hu_window[1]:
+            raise ValueError(f"hu_window {self.hu_window} does not rise")
         return self
+
+    @property
+    def source_channels(self) -> int:
+        """Cs: sources times the slices shown of each."""
+        return len(self.sources) * (2 * self.context_slices + 1)
 
 
 class ModelConfig(Settings):
