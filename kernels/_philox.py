@@ -7,7 +7,8 @@ so a number depends on what it is for and never on batch split, order or world s
 ``(seed, step)``: ints, or 0-d int64 tensors that may live inside a CUDA graph.
 
 Streams: 0 = mask of level 0, 1 + n = eps of level n, 8 + n = mask of level n >= 1, 16 = t,
-24 + n = rows of level n for the MMD, 32 and above = augmentation.
+17 = how noisy a teacher's coarse image is, 17 + n = that noise on level n >= 1, 24 + n = rows of
+level n for the MMD, 32 and above = augmentation.
 
 A draw of integers or uniforms uses word 0 of counter ``index``. A draw of normals uses all four
 words, so that one call serves four neighbours: element e has index e // 4; words (0, 1) give its
@@ -25,7 +26,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
-MASK, EPS, MASK_COARSE, TIMESTEP, MMD_ROWS, AUGMENT = 0, 1, 8, 16, 24, 32
+MASK, EPS, MASK_COARSE, TIMESTEP, COARSE, MMD_ROWS, AUGMENT = 0, 1, 8, 16, 17, 24, 32
 
 
 def mask_stream(level: int) -> int:

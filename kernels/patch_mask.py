@@ -45,12 +45,13 @@ def patch_rows(x: Tensor, patch: int, ids: Tensor | None) -> Tensor:
     rows, cols = height // patch, width // patch
     grid = x.reshape(batch, channels, rows, patch, cols, patch).permute(0, 2, 4, 1, 3, 5)
     flat = grid.reshape(batch * rows * cols, channels * patch * patch)
+    kept = rows * cols if ids is None else ids.shape[1]
     if ids is not None:
         # One row a patch: the backward of index_select adds whole rows, several times faster than
         # that of advanced indexing with its element-wise index_put.
         first = torch.arange(batch, device=x.device)[:, None] * (rows * cols)
         flat = flat.index_select(0, (ids + first).flatten())
-    return flat.reshape(batch, -1, channels, patch * patch)
+    return flat.reshape(batch, kept, channels, patch * patch)
 
 
 def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
@@ -149,7 +150,7 @@ def embed_visible(
 
     Parameters
     ----------
-    y : (B, C, H, W) target; sources : (B, Cs, H, W), may need a gradient
+    y : (B, C, H, W) target, C = 0 for tokens of the sources alone; sources : (B, Cs, H, W), may need a gradient
     coarse : (B, C, ceil(H/2), ceil(W/2)) or None (then neither merged nor a channel)
     abar : (B,) float32, never cast
     keep_ids : (B, K) int32, or None for every patch

@@ -76,13 +76,22 @@ class ModelConfig(Settings):
     levels: list[LevelSpec] = Field(default_factory=default_levels, min_length=1, max_length=5)
     complexity_gain: float = Field(0.2, ge=0.0)  # the 0.2 of r_n = clip(r0_n + 0.2 (1 - c_n / mean c), ...)
     decoder_input: Literal["noisy", "token"] = "noisy"
-    prediction: Literal["x0", "eps"] = "x0"
-    scale_state: bool = True  # x0 form: the state times sqrt(abar) keeps the noise out at high t
+    # Which reading of the paper: "maskdit" noises everything, then masks (III.B.1); "diffmae" shows the
+    # encoder clean source patches only, and the decoder denoises every target patch (Eq. 2-5).
+    reading: Literal["maskdit", "diffmae"] = "maskdit"
+    drop_background: bool = False  # the mask drops patches without foreground before any other
+    prediction: Literal["x0", "v", "eps"] = "x0"
+    scale_state: bool = True  # x0 and v: the state times sqrt(abar) keeps the noise out at high t
+    learn_variance: bool = False  # Eq. 4: the reverse variance between beta and beta tilde, for sampler ddpm
+    coarse: Literal["predicted", "teacher"] = "predicted"  # Yhat in training: own estimate, or noised truth
+    coarse_noise: int = Field(250, ge=1)  # teacher: noised to a t drawn below this, which the network is told
+    coupling: Literal["lockstep", "cascade"] = "lockstep"  # one t for all levels, or a t per level
     stem: bool = True  # convolutions over the sources, once a slice
     stem_width: int = Field(32, ge=4)
     head: bool = True  # convolutions over the unpatchified tokens, with the stem's maps as skips
     head_width: int = Field(32, ge=4)
     timesteps: int = Field(1000, ge=2)
+    schedule: Literal["linear", "cosine"] = "linear"  # cosine takes no betas
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
 
@@ -96,6 +105,10 @@ class ModelConfig(Settings):
                 raise ValueError(f"{name} {width} must be a multiple of 4 and of 2 x its heads ({heads})")
         if self.beta_end < self.beta_start:
             raise ValueError("beta_end is below beta_start")
+        if self.coarse_noise > self.timesteps:
+            raise ValueError(f"coarse_noise {self.coarse_noise} is more than the {self.timesteps} timesteps")
+        if self.decoder_input == "token" and (self.reading == "diffmae" or self.learn_variance):
+            raise ValueError("decoder_input 'token' goes with neither reading 'diffmae' nor learn_variance")
         return self
 
 
@@ -114,11 +127,20 @@ class TrainConfig(Settings):
     last_t_share: float = Field(0.8, ge=0, le=1)  # of samples at t = T - 1, where 1-step sampling looks
     loss: Literal["l2", "l1"] = "l2"
     mmd_weight: float = Field(0.05, ge=0)  # lambda of L_low + L_mid + L_high (Eq. 6)
+    mmd_kernel: Literal["multiscale", "paper"] = "multiscale"  # paper: exp(-|a-b|^2 / d^2), d values a vector
     mmd_rows: int = Field(256, ge=2, le=1024)  # patch vectors a level, chosen by Philox
     token_x0_weight: float = Field(0.1, ge=0)  # decoder_input="token": x0 loss of masked tokens
+    min_snr: float = Field(0.0, ge=0)  # gamma of the min-SNR weights (Hang et al. 2023: 5); 0 is off
+    vlb_weight: float = Field(0.001, ge=0)  # learn_variance: lambda of L_simple + lambda L_vlb
     flip: bool = True
     gamma: float = Field(0.4, ge=0)  # the source's gamma is exp(U(-gamma, gamma))
     scale: float = Field(0.2, ge=0, lt=1)  # the source's brightness is times U(1 - scale, 1 + scale)
+    rotate: float = Field(0.0, ge=0, le=180)  # degrees, in the plane: U(-rotate, rotate)
+    zoom: float = Field(0.0, ge=0, lt=1)  # size is times exp(U(-zoom, zoom))
+    shift: float = Field(0.0, ge=0, lt=1)  # share of the side
+    elastic: float = Field(0.0, ge=0, lt=1)  # standard deviation of smooth displacements, share of the side
+    bias: float = Field(0.0, ge=0)  # smooth field on the sources, at most exp(+-bias)
+    noise: float = Field(0.0, ge=0, lt=1)  # on the sources, standard deviation U(0, noise) of the range
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor multiplies it natively
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
@@ -128,7 +150,8 @@ class TrainConfig(Settings):
 
 class SampleConfig(Settings):
     steps: int = Field(1, ge=1)
-    sampler: Literal["ddim"] = "ddim"  # steps = 1 is the x0 estimate at t = T
+    sampler: Literal["ddim", "ddpm"] = "ddim"  # steps = 1 is the x0 estimate at t = T
+    coarse_t: int = Field(0, ge=0)  # coarse="teacher": noise put on the coarser estimate, as in training
     batch_size: int = Field(32, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
 
@@ -173,10 +196,12 @@ PRESETS: dict[str, dict[str, Any]] = {
             "weight_decay": 0.0,
             "betas": [0.9, 0.999],
             "mmd_weight": 0.5,
+            "mmd_kernel": "paper",
             "last_t_share": 0.0,
             "warmup_steps": 0,
             "min_lr_ratio": 1.0,
         },
+        sample={"steps": 500, "sampler": "ddpm"},
     ),
 }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .diffusion import eps_from_x0
+from .diffusion import Reverse, Schedule, eps_from_x0, log_variance
 from .kernels import _philox
 from .kernels.mmd import mmd2
 from .kernels.patch_mask import patch_rows
@@ -26,6 +28,36 @@ def visible_pixels(inverse: Tensor, patch: int, height: int, width: int) -> Tens
     return grid.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
+def background_patches(foreground: Tensor, patch: int) -> Tensor:
+    """(B, 1, H, W) bool -> (B, N) bool, True where a patch holds no foreground pixel."""
+    batch, _, height, width = foreground.shape
+    tiles = foreground.view(batch, height // patch, patch, width // patch, patch)
+    return ~tiles.any(4).any(2).flatten(1)
+
+
+def variational_bound(
+    fraction: Tensor, x0: Tensor, y: Tensor, y_t: Tensor, t: Tensor, schedule: Schedule
+) -> Tensor:  # fmt: skip
+    """L_t of the variational bound, bits a pixel, (B,): trains the variance of Eq. 4 and nothing else.
+
+    KL(q(y_{t-1} | y_t, y) || p(y_{t-1} | y_t)) for t > 0; at t = 0 the negative log density of y under p
+    (ours: images here are continuous, so nothing is discretised). x0 is detached inside (Nichol &
+    Dhariwal 2021, section 3.1). fraction, x0, y, y_t (B, C, H, W); t (B,) int64.
+    """
+
+    first = per_sample(t == 0)
+    abar_t = per_sample(schedule.abar[t])
+    abar_s = torch.where(first, 1.0, per_sample(schedule.abar[(t - 1).clamp_min(0)]))
+    log_beta, log_posterior = per_sample(schedule.log_beta[t]), per_sample(schedule.log_posterior[t])
+    on_x0 = abar_s.sqrt() * log_beta.exp() / (1 - abar_t)  # beta from its own table: 1 - abar_t / abar_s cancels
+    log_q = torch.where(first, 0.0, log_posterior)
+    log_p = log_variance(fraction, Reverse(on_x0, 0.0, log_beta, log_posterior))
+    apart = (on_x0 * (x0.detach() - y)).square()  # the y_t parts of both means are the same
+    divergence = 0.5 * (log_p - log_q + (log_q - log_p).exp() + apart * (-log_p).exp() - 1)
+    density = 0.5 * (math.log(2 * math.pi) + log_p + apart * (-log_p).exp())
+    return torch.where(first, density, divergence).flatten(1).mean(1) / math.log(2)
+
+
 def implied_noise(y_t: Tensor, x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     """The noise an x0 estimate implies; samples with 1 - abar < 0.01 get ``eps`` itself.
 
@@ -37,12 +69,13 @@ def implied_noise(y_t: Tensor, x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
 
 
 def cross_granularity(
-    eps: Tensor, eps_hat: Tensor, patch: int, rows: int, sample_ids: Tensor, level: int, rng
-) -> Tensor:
+    eps: Tensor, eps_hat: Tensor, patch: int, rows: int, sample_ids: Tensor, level: int, rng,
+    kernel: str = "multiscale",
+) -> Tensor:  # fmt: skip
     """L_n = MMD^2 between noise drawn and noise predicted at level n (Eq. 6), a scalar.
 
-    eps, eps_hat (B, C, H, W). The samples are patch vectors (C p p), at most ``rows`` of them, those
-    with the smallest Philox keys.
+    eps, eps_hat (B, C, H, W). The samples are patch vectors of d = C p p values, at most ``rows`` of
+    them, those with the smallest Philox keys. kernel "paper": exp(-|a - b|^2 / d^2) alone.
     """
     drawn, predicted = (patch_rows(x, patch, None).flatten(2).flatten(0, 1) for x in (eps, eps_hat))  # (B N, C p p)
     if len(drawn) > rows:
@@ -50,4 +83,4 @@ def cross_granularity(
         keys = _philox.integers(sample_ids, per_sample_rows, rng=rng, stream=_philox.MMD_ROWS + level)
         chosen = keys.flatten().topk(rows, largest=False, sorted=False).indices
         drawn, predicted = drawn[chosen], predicted[chosen]
-    return mmd2(predicted, drawn)
+    return mmd2(predicted, drawn, [float(drawn.shape[1] ** 2)] if kernel == "paper" else None)

@@ -182,7 +182,8 @@ class MaskedDiT(nn.Module):
     config : ModelConfig
     source_channels, target_channels : Cs and C
 
-    ``forward`` predicts one level (B, C, H, W); H and W are multiples of the patch side.
+    ``forward`` predicts one level (B, C, H, W); H and W are multiples of the patch side. With
+    ``learn_variance`` it gives (B, 2 C, H, W): the prediction, then the variance's fraction (Eq. 4).
     """
 
     def __init__(self, config: ModelConfig, source_channels: int, target_channels: int = 1):
@@ -193,27 +194,32 @@ class MaskedDiT(nn.Module):
         maps = self.stem.widths if self.stem else [0] * levels
         # Channels of a patch at each level: state, sources, stem maps, coarse_up (none at the coarsest).
         coarse = [target_channels * (n < levels - 1) for n in range(levels)]
-        values = [p * p * (target_channels + source_channels + maps[n] + coarse[n]) for n in range(levels)]
+        clean = [p * p * (source_channels + maps[n]) for n in range(levels)]
+        values = [c + p * p * (target_channels + coarse[n]) for n, c in enumerate(clean)]
+        diffmae = config.reading == "diffmae"
 
         self.t_embedder = TimestepEmbedder(D)
         self.level_embed = nn.Embedding(levels, D)
-        self.x_embedder = nn.ModuleList(nn.Linear(v, D) for v in values)
+        if config.coarse == "teacher":
+            self.coarse_t_embedder = TimestepEmbedder(D)
+        self.x_embedder = nn.ModuleList(nn.Linear(v, D) for v in (clean if diffmae else values))
         self.blocks = nn.ModuleList(Block(D, config.heads, config.mlp_ratio, D) for _ in range(config.depth))
         self.encoder_norm = FinalNorm(D, D)
         self.to_decoder = nn.Linear(D, Dd)
         if config.decoder_input == "noisy":
             self.decoder_embedder = nn.ModuleList(nn.Linear(v, Dd) for v in values)
-        else:
+        if config.decoder_input == "token" or diffmae:
             self.mask_token = nn.Parameter(torch.zeros(Dd))
         self.decoder_blocks = nn.ModuleList(
             Block(Dd, config.decoder_heads, config.mlp_ratio, D) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = FinalNorm(Dd, D)
-        outputs = config.head_width if config.head else target_channels
+        self.output_channels = target_channels * (2 if config.learn_variance else 1)
+        outputs = config.head_width if config.head else self.output_channels
         self.final_layer = nn.ModuleList(nn.Linear(Dd, p * p * outputs) for _ in range(levels))
         if config.head:
             skips = [source_channels + maps[n] + coarse[n] for n in range(levels)]
-            self.heads = nn.ModuleList(Head(outputs + s, config.head_width, target_channels) for s in skips)
+            self.heads = nn.ModuleList(Head(outputs + s, config.head_width, self.output_channels) for s in skips)
         self._positions: dict = {}
         self._initialise()
 
@@ -224,8 +230,9 @@ class MaskedDiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.level_embed.weight, std=0.02)
-        for part in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(part.weight, std=0.02)
+        for embedder in (m for m in self.modules() if isinstance(m, TimestepEmbedder)):
+            for part in (embedder.mlp[0], embedder.mlp[2]):
+                nn.init.normal_(part.weight, std=0.02)
         if hasattr(self, "mask_token"):
             nn.init.normal_(self.mask_token, std=0.02)
         modulated = [*self.blocks, *self.decoder_blocks, self.encoder_norm, self.decoder_norm]
@@ -241,14 +248,18 @@ class MaskedDiT(nn.Module):
             self._positions[key] = sincos_positions(rows, cols, width).to(device)
         return self._positions[key]
 
-    def modulations(self, t: Tensor) -> list[list[Tensor]]:
+    def modulations(self, t: Tensor, coarse_t: Tensor | None = None) -> list[list[Tensor]]:
         """The adaLN vectors of all levels, one matrix product a layer.
 
-        t : (B,) int64, shared by all levels, or (L, B). Returns for each level a list over encoder
+        t : (B,) int64, shared by all levels, or (L, B); coarse_t : (B,) int64, how noisy the coarse
+        images are (``coarse="teacher"`` only; None is 0). Returns for each level a list over encoder
         blocks and norm, decoder blocks and norm: (B, 6 D) or (B, 2 D) each.
         """
         levels = self.level_embed.num_embeddings
         cond = self.t_embedder(t.flatten()).unflatten(0, t.shape) + self.level_embed.weight[:, None]  # (L, B, D)
+        if self.config.coarse == "teacher":
+            told = self.coarse_t_embedder(t.new_zeros(1) if coarse_t is None else coarse_t)
+            cond = torch.cat([cond[:-1] + told, cond[-1:]])  # the coarsest level has nothing coarser
         layers = [*self.blocks, self.encoder_norm, *self.decoder_blocks, self.decoder_norm]
         vectors = [layer.adaLN_modulation(cond.flatten(0, 1)).unflatten(0, (levels, -1)) for layer in layers]
         return [[v[level] for v in vectors] for level in range(levels)]
@@ -258,7 +269,7 @@ class MaskedDiT(nn.Module):
         return self.stem(sources) if self.stem else None
 
     def forward(
-        self, y: Tensor, sources: Tensor, coarse: Tensor | None, t: Tensor, abar: Tensor, level: int,
+        self, y: Tensor, sources: Tensor, coarse: Tensor | None, t: Tensor | None, abar: Tensor, level: int,
         *, vectors: list[Tensor] | None = None,
         stem_map: Tensor | None = None, coarse_up: Tensor | None = None,
         eps: Tensor | None = None, mask: tuple[Tensor, Tensor] | None = None,
@@ -268,7 +279,8 @@ class MaskedDiT(nn.Module):
         y, eps (B, C, H, W): target and noise, which ``embed_visible`` merges (Eq. 6); a sampler gives
         y_t / sqrt(abar) as y and no eps. sources (B, Cs, H, W) at this level; coarse (B, C, h, w) or
         None at the coarsest level, coarse_up (B, C, H, W) the same upsampled (used by the head).
-        t (B,) int64, abar (B,) float32. vectors: ``modulations(t)[level]`` where known already.
+        t (B,) int64 (not read where ``vectors``, that is ``modulations(t)[level]``, are given); abar (B,)
+        float32.
         mask: (keep_ids (B, K), inverse (B, N)) or None for all.
         Returns (B, C, H, W), float32 also under autocast.
         """
@@ -278,15 +290,18 @@ class MaskedDiT(nn.Module):
         vectors = self.modulations(t)[level] if vectors is None else vectors
         encoder, decoder = vectors[: config.depth + 1], vectors[config.depth + 1 :]
         inputs = sources if stem_map is None else torch.cat([sources, stem_map.to(sources.dtype)], 1)
-        state_scale = abar.sqrt() if config.scale_state and config.prediction == "x0" else None
+        state_scale = abar.sqrt() if config.scale_state and config.prediction != "eps" else None
+        diffmae = config.reading == "diffmae"
 
-        def embed(ids, layer, pos):
-            return embed_visible(y, inputs, coarse, abar, ids, layer.weight, layer.bias, pos,
-                                 eps=eps, state_scale=state_scale)  # fmt: skip
+        def embed(ids, layer, pos, clean=False):
+            """Tokens of patches; ``clean``: of the sources alone, no state and nothing coarse."""
+            state = (y[:, :0], inputs, None) if clean else (y, inputs, coarse)
+            return embed_visible(*state, abar, ids, layer.weight, layer.bias, pos,
+                                 eps=None if clean else eps, state_scale=state_scale)  # fmt: skip
 
         keep_ids, inverse = (None, None) if mask is None else mask
         pos = self.positions(*grid, config.width, y.device)
-        x = _wide(embed(keep_ids, self.x_embedder[level], pos))  # (B, K, D)
+        x = _wide(embed(keep_ids, self.x_embedder[level], pos, clean=diffmae))  # (B, K, D)
         x = run_blocks(x, self.blocks, encoder)  # (B, K, D)
         x = self.to_decoder(x)  # (B, K, Dd)
 
@@ -294,11 +309,13 @@ class MaskedDiT(nn.Module):
         if mask is None:
             x = x + pos
         else:
-            if config.decoder_input == "noisy":
+            if config.decoder_input == "noisy" and not diffmae:
                 fill = embed(dropped_ids(inverse, keep_ids.shape[1]), self.decoder_embedder[level], None)
             else:
                 fill = self.mask_token
             x = restore_tokens(x, fill, inverse, pos)  # (B, N, Dd)
+        if diffmae:  # every target patch is denoised, beside what the encoder made of the source there
+            x = x + embed(None, self.decoder_embedder[level], None)
         x = run_blocks(_wide(x), self.decoder_blocks, decoder)  # (B, N, Dd)
         x = unpatchify(self.final_layer[level](x), p, height, width)  # (B, outputs, H, W)
         if config.head:

@@ -1,8 +1,9 @@
 """PHMDiff: the method. Levels, merged state (Eq. 6), coarse to fine; ties the network to the diffusion.
 
 Training walks down the pyramid once to make the levels and once up, coarse to fine: each level's
-one-step x0 estimate, detached and clamped, is merged into the next finer level's state. Sampling
-walks the same way up at every timestep (lockstep: all levels share t).
+one-step x0 estimate, detached and clamped, is merged into the next finer level's state (or, as a
+teacher's, the true coarser image with noise on it). Sampling walks the same way up: at every timestep
+(lockstep: all levels share t), or with each level sampled to its end before the next (cascade).
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import losses
-from .config import ModelConfig, TrainConfig
-from .diffusion import Schedule, noised, x0_from_eps
+from .config import ModelConfig, SampleConfig, TrainConfig
+from .diffusion import Schedule, noised, snr_weight, to_x0, truth
 from .kernels import _philox
 from .kernels.patch_mask import draw_mask
 from .masking import mask_ratios, num_kept
 from .model import MaskedDiT
 from .pyramid import build_pyramid, per_sample, upsample
-from .sampling import ddim
+from .sampling import ddim, ddpm
 
 
 @dataclass
@@ -31,6 +32,7 @@ class LossTerms:
     total: Tensor
     denoise: Tensor  # (L,) per level, fine to coarse, detached
     mmd: Tensor  # (L,)
+    vlb: Tensor  # (L,) bits a pixel and step, 0 unless the variance is learned
 
 
 class PHMDiff(nn.Module):
@@ -46,7 +48,7 @@ class PHMDiff(nn.Module):
     def __init__(self, config: ModelConfig, source_channels: int, target_channels: int = 1, complexity=None):
         super().__init__()
         self.config = config
-        self.schedule = Schedule(config.timesteps, config.beta_start, config.beta_end)
+        self.schedule = Schedule(config.timesteps, config.beta_start, config.beta_end, config.schedule)
         self.net = MaskedDiT(config, source_channels, target_channels)
         self.ratios = mask_ratios(config.levels, complexity, config.complexity_gain)
         self.num_levels = len(config.levels)
@@ -56,68 +58,114 @@ class PHMDiff(nn.Module):
         """Sides are padded to a multiple of this: patch x 2^(levels - 1)."""
         return self.config.patch * 2 ** (self.num_levels - 1)
 
-    def pad(self, x: Tensor) -> Tensor:
+    def pad(self, x: Tensor, value: float = -1.0) -> Tensor:
         """(B, C, H, W) -> sides up to ``multiple``, filled with -1, the background of a scaled image."""
         down, right = (-x.shape[2] % self.multiple, -x.shape[3] % self.multiple)
-        return F.pad(x, (0, right, 0, down), value=-1.0) if down or right else x
+        return F.pad(x, (0, right, 0, down), value=value) if down or right else x
 
-    def _mask(self, level: int, num_patches: int, sample_ids: Tensor, rng):
+    def _mask(self, level: int, num_patches: int, sample_ids: Tensor, rng, foreground: Tensor | None):
         keep = num_kept(num_patches, self.ratios[level])
         if keep == num_patches:
             return None
-        return draw_mask(sample_ids, num_patches, keep, rng=rng, stream=_philox.mask_stream(level))
+        drop_first = None if foreground is None else losses.background_patches(foreground, self.config.patch)
+        return draw_mask(sample_ids, num_patches, keep, rng=rng, stream=_philox.mask_stream(level),
+                         drop_first=drop_first)  # fmt: skip
 
-    def _predict(self, level, y, sources, coarse, t, abar, maps, vectors, *, eps=None, mask=None) -> Tensor:
+    def _foreground_levels(self, foreground: Tensor | None) -> list[Tensor | None]:
+        """Bool images (B, 1, H_n, W_n) a level, True where any pixel below is; None where none is used."""
+        if foreground is None or not self.config.drop_background:
+            return [None] * self.num_levels
+        levels = build_pyramid(self.pad(foreground.float(), 0.0), self.num_levels)
+        return [level > 0 for level in levels]
+
+    def _predict(self, level, y, sources, coarse, abar, maps, vectors, *, eps=None, mask=None):
+        """The network's (prediction, variance fraction or None) at one level, (B, C, H, W) each."""
         coarse_up = None if coarse is None else upsample(coarse, *y.shape[2:])
         stem_map = None if maps is None else maps[level]
-        return self.net(y, sources, coarse, t, abar, level, vectors=vectors[level],
-                        stem_map=stem_map, coarse_up=coarse_up, eps=eps, mask=mask)  # fmt: skip
+        out = self.net(y, sources, coarse, None, abar, level, vectors=vectors[level],
+                       stem_map=stem_map, coarse_up=coarse_up, eps=eps, mask=mask)  # fmt: skip
+        return out.chunk(2, 1) if self.config.learn_variance else (out, None)
+
+    def _normals(self, sample_ids: Tensor, like: Tensor, rng, stream: int) -> Tensor:
+        return _philox.normals(sample_ids, like[0].numel(), rng=rng, stream=stream).view_as(like)
 
     def loss(
-        self, target: Tensor, sources: Tensor, sample_ids: Tensor, rng, train: TrainConfig, *, masked: bool
-    ) -> LossTerms:
+        self, target: Tensor, sources: Tensor, sample_ids: Tensor, rng, train: TrainConfig, *, masked: bool,
+        foreground: Tensor | None = None,
+    ) -> LossTerms:  # fmt: skip
         """Loss of one batch; all randomness is a function of (seed, sample, step).
 
         target (B, C, H, W) and sources (B, Cs, H, W) in [-1, 1]; sample_ids (B,) int64; rng (seed, step).
-        masked: pre-training with masks, else the unmasked fine-tuning of III.B.3.
+        masked: pre-training with masks, else the unmasked fine-tuning of III.B.3. foreground
+        (B, 1, H, W) bool: with ``drop_background``, patches without any are masked first.
         """
+        config = self.config
         targets = build_pyramid(self.pad(target), self.num_levels)
         source_levels = build_pyramid(self.pad(sources), self.num_levels)
+        inside = self._foreground_levels(foreground)
         maps = self.net.source_maps(source_levels[0])
-        t = self.schedule.draw(sample_ids, rng, train.last_t_share)
-        abar = self.schedule(t)
-        vectors = self.net.modulations(t)
-        weights = [spec.weight for spec in self.config.levels]
-        denoise, mmd = [], []
+        t = self._timesteps(sample_ids, rng, train)  # (B,) or (L, B)
+        coarse_t = self._coarse_timesteps(sample_ids, rng)
+        vectors = self.net.modulations(t, coarse_t)
+        weights = [spec.weight for spec in config.levels]
+        terms = []
         coarse = None  # 0 at the coarsest level: ours, the paper does not say
         for level in reversed(range(self.num_levels)):
             y = targets[level]
-            eps = _philox.normals(sample_ids, y[0].numel(), rng=rng, stream=_philox.EPS + level).view_as(y)
-            num_patches = y.shape[2] * y.shape[3] // self.config.patch**2
-            mask = self._mask(level, num_patches, sample_ids, rng) if masked else None
-            out = self._predict(level, y, source_levels[level], coarse, t, abar, maps, vectors, eps=eps, mask=mask)
-            term, x0, eps_hat = self._level_loss(out, y, eps, abar, mask, train)
-            denoise.append(term)
-            mmd.append(
-                losses.cross_granularity(eps, eps_hat, self.config.patch, train.mmd_rows, sample_ids, level, rng)
-                if train.mmd_weight > 0
-                else term.new_zeros(())
-            )
-            coarse = x0.detach().clamp(-1, 1)
-        denoise, mmd = torch.stack(denoise[::-1]), torch.stack(mmd[::-1])
+            level_t = t if t.dim() == 1 else t[level]
+            abar = self.schedule(level_t)
+            eps = self._normals(sample_ids, y, rng, _philox.EPS + level)
+            num_patches = y.shape[2] * y.shape[3] // config.patch**2
+            mask = self._mask(level, num_patches, sample_ids, rng, inside[level]) if masked else None
+            out, fraction = self._predict(level, y, source_levels[level], coarse, abar, maps, vectors,
+                                          eps=eps, mask=mask)  # fmt: skip
+            y_t = noised(y, eps, abar)
+            denoise, x0, eps_hat = self._level_loss(out, y, y_t, eps, abar, mask, train)
+            mmd = vlb = denoise.new_zeros(())
+            if train.mmd_weight > 0:
+                mmd = losses.cross_granularity(eps, eps_hat, config.patch, train.mmd_rows, sample_ids, level, rng,
+                                               train.mmd_kernel)  # fmt: skip
+            if fraction is not None:
+                vlb = losses.variational_bound(fraction, x0, y, y_t, level_t, self.schedule).mean()
+            terms.append((denoise, mmd, vlb))
+            if coarse_t is None:
+                coarse = x0.detach().clamp(-1, 1)
+            elif level:
+                coarse = self._noised_coarse(y, sample_ids, rng, level, coarse_t)
+        denoise, mmd, vlb = (torch.stack(term) for term in zip(*terms[::-1], strict=True))  # (L,) each
         share = denoise.new_tensor(weights) / sum(weights)
         total = (share * denoise).sum() + train.mmd_weight * mmd.sum()
-        return LossTerms(total, denoise.detach(), mmd.detach())
+        if config.learn_variance:  # L_hybrid of Nichol & Dhariwal: the bound sums over all T steps
+            total = total + train.vlb_weight * self.schedule.timesteps * (share * vlb).sum()
+        return LossTerms(total, denoise.detach(), mmd.detach(), vlb.detach())
 
-    def _level_loss(self, out: Tensor, y: Tensor, eps: Tensor, abar: Tensor, mask, train: TrainConfig):
+    def _timesteps(self, sample_ids: Tensor, rng, train: TrainConfig) -> Tensor:
+        """(B,) for lockstep; (L, B), drawn independently, for cascade."""
+        if self.config.coupling == "lockstep":
+            return self.schedule.draw(sample_ids, rng, train.last_t_share)
+        levels = range(self.num_levels)
+        return torch.stack([self.schedule.draw(sample_ids, rng, train.last_t_share, level=n) for n in levels])
+
+    def _coarse_timesteps(self, sample_ids: Tensor, rng) -> Tensor | None:
+        """How noisy a teacher's coarse images are: (B,) int64 in [0, coarse_noise); None without a teacher."""
+        if self.config.coarse != "teacher":
+            return None
+        words = _philox.integers(sample_ids, 1, rng=rng, stream=_philox.COARSE)[:, 0]
+        return (words * self.config.coarse_noise) >> 32
+
+    def _noised_coarse(self, coarse: Tensor, sample_ids: Tensor, rng, level: int, coarse_t: Tensor) -> Tensor:
+        """Conditioning augmentation (Ho et al. 2022): the coarse image as noisy as its own estimate is wrong."""
+        eps = self._normals(sample_ids, coarse, rng, _philox.COARSE + level)
+        return noised(coarse, eps, self.schedule(coarse_t))
+
+    def _level_loss(self, out: Tensor, y: Tensor, y_t: Tensor, eps: Tensor, abar: Tensor, mask, train: TrainConfig):
         """(scalar loss, x0 estimate, predicted noise) of one level from the network's output (B, C, H, W)."""
-        y_t = noised(y, eps, abar)
-        if self.config.prediction == "x0":
-            x0, eps_hat = out, losses.implied_noise(y_t, out, eps, abar)
-            term = losses.elementwise(out, y, train.loss)
-        else:
-            x0, eps_hat = x0_from_eps(y_t, out, abar), out
-            term = losses.elementwise(out, eps, train.loss)
+        kind = self.config.prediction
+        x0 = to_x0(kind, out, y_t, abar)
+        eps_hat = out if kind == "eps" else losses.implied_noise(y_t, x0, eps, abar)
+        term = losses.elementwise(out, truth(kind, y, eps, abar), train.loss)
+        if train.min_snr:
+            term = per_sample(snr_weight(kind, abar, train.min_snr)) * term
         if mask is None or self.config.decoder_input == "noisy":
             return term.mean(), x0, eps_hat
         # decoder_input="token": noise at an unseen place cannot be predicted, so masked tokens stand for x0.
@@ -126,46 +174,68 @@ class PHMDiff(nn.Module):
         term = torch.where(visible, term, train.token_x0_weight * hidden)
         return term.mean(), torch.where(visible, x0, out), torch.where(visible, eps_hat, eps)
 
-    @torch.no_grad()
-    def denoise(self, states: list[Tensor], t: int, source_levels: list[Tensor], maps) -> list[Tensor]:
-        """x0 estimates of all levels, coarse to fine, from y_t a level; lists are fine to coarse."""
-        batch = states[0].shape[0]
-        steps = torch.full((batch,), t, dtype=torch.int64, device=states[0].device)
-        abar = self.schedule(steps)
-        vectors = self.net.modulations(steps)
-        out: list[Tensor] = [states[0]] * self.num_levels
-        coarse = None
-        for level in reversed(range(self.num_levels)):
-            y_t = states[level]
-            clean = y_t / per_sample(abar.sqrt())  # embed_visible multiplies by sqrt(abar) again
-            x0 = self._predict(level, clean, source_levels[level], coarse, steps, abar, maps, vectors)
-            if self.config.prediction == "eps":
-                x0 = x0_from_eps(y_t, x0, abar)
-            out[level] = coarse = x0.clamp(-1, 1)
-        return out
+    def _estimate(self, level: int, y_t: Tensor, sources: Tensor, coarse, abar, maps, vectors):
+        """(x0 clamped, variance fraction or None) of one level from a sampler's y_t."""
+        clean = y_t / per_sample(abar.sqrt())  # embed_visible multiplies by sqrt(abar) again
+        out, fraction = self._predict(level, clean, sources, coarse, abar, maps, vectors)
+        return to_x0(self.config.prediction, out, y_t, abar).clamp(-1, 1), fraction
 
     @torch.no_grad()
     def translate(
-        self, sources: Tensor, sample_ids: Tensor, *, steps: int = 1, seed: int = 0, progress=None
-    ) -> list[Tensor]:
+        self, sources: Tensor, sample_ids: Tensor, settings: SampleConfig | None = None, *,
+        steps: int | None = None, seed: int | None = None, progress=None,
+    ) -> list[Tensor]:  # fmt: skip
         """Synthesize the target of sources (B, Cs, H, W) in [-1, 1].
 
         sample_ids (B,) int64 name the slices, so the same seed gives the same noise whatever the batch.
+        settings: steps, sampler, seed; ``steps`` and ``seed`` override them (default: 1 step, seed 0).
         Returns the levels, fine to coarse: [0] is (B, C, H, W) in [-1, 1].
         """
+        settings = settings or SampleConfig()
+        steps = settings.steps if steps is None else steps
+        rng = (settings.seed if seed is None else seed, 0)
         height, width = sources.shape[2:]
         source_levels = build_pyramid(self.pad(sources), self.num_levels)
         maps = self.net.source_maps(source_levels[0])
         shape = (len(sources), self.net.target_channels)
-        noise = []
-        for level, source in enumerate(source_levels):
-            values = self.net.target_channels * source.shape[2] * source.shape[3]
-            drawn = _philox.normals(sample_ids, values, rng=(seed, 0), stream=_philox.EPS + level)
-            noise.append(drawn.view(*shape, *source.shape[2:]))
-        levels = ddim(lambda y, t: self.denoise(y, t, source_levels, maps), noise, self.schedule.abar, steps,
-                      progress=progress)  # fmt: skip
+        likes = [source.new_empty(*shape, *source.shape[2:]) for source in source_levels]
+        coarse_t = settings.coarse_t if self.config.coarse == "teacher" else 0
+
+        def sample(levels: range, coarse: Tensor | None) -> list[Tensor]:
+            """Run the sampler over some levels together; ``coarse`` is the estimate below the coarsest of them."""
+
+            def draw(i: int) -> list[Tensor]:
+                return [self._normals(sample_ids, likes[n], (rng[0], i), _philox.EPS + n) for n in levels]
+
+            def denoise(states: list[Tensor], t: int):
+                return self._denoise(levels, states, t, source_levels, coarse, maps, coarse_t, sample_ids, rng)
+
+            how = {"draw": draw} if settings.sampler == "ddpm" else {}
+            run = ddpm if settings.sampler == "ddpm" else ddim
+            return run(denoise, draw(0), self.schedule.abar, steps, progress=progress, **how)
+
+        if self.config.coupling == "lockstep":
+            levels = sample(range(self.num_levels), None)
+        else:
+            levels = []
+            for n in reversed(range(self.num_levels)):
+                levels.insert(0, sample(range(n, n + 1), levels[0] if levels else None)[0])
         cropped = []
         for image in levels:
             cropped.append(image[..., :height, :width])
             height, width = -(-height // 2), -(-width // 2)
         return cropped
+
+    def _denoise(self, levels: range, states, t: int, source_levels, coarse, maps, coarse_t: int, sample_ids, rng):
+        """x0 estimates and variance fractions of some levels, coarse to fine; lists are fine to coarse."""
+        steps, coarse_steps = (sample_ids.new_full((len(states[0]),), value) for value in (t, coarse_t))
+        abar = self.schedule(steps)
+        vectors = self.net.modulations(steps, coarse_steps)
+        out, fractions = list(states), list(states)
+        for i, level in reversed(list(enumerate(levels))):
+            if coarse is not None and coarse_t:
+                coarse = self._noised_coarse(coarse, sample_ids, rng, level + 1, coarse_steps)
+            x0, fraction = self._estimate(level, states[i], source_levels[level], coarse, abar, maps, vectors)
+            out[i] = coarse = x0
+            fractions[i] = fraction
+        return out, fractions if self.config.learn_variance else None

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from phmdiff_fast.diffusion import Schedule, eps_from_x0, noised, x0_from_eps
-from phmdiff_fast.sampling import ddim, one_step, trailing_timesteps
+from phmdiff_fast.diffusion import (
+    Schedule,
+    eps_from_x0,
+    log_variance,
+    noised,
+    reverse,
+    snr_weight,
+    to_x0,
+    truth,
+    velocity,
+    x0_from_eps,
+)
+from phmdiff_fast.sampling import ddim, ddpm, one_step, trailing_timesteps
 
 
 def test_linear_schedule_of_the_paper():
@@ -58,7 +71,7 @@ def gaussian_denoiser(abar, mean, std):
     def denoise(states, t):
         a = float(abar[t])
         gain = a**0.5 * std**2 / (a * std**2 + 1 - a)
-        return [mean + gain * (y - a**0.5 * mean) for y in states]
+        return [mean + gain * (y - a**0.5 * mean) for y in states], None
 
     return denoise
 
@@ -81,4 +94,110 @@ def test_one_step_is_the_estimate_at_the_last_timestep():
     abar = Schedule().abar
     noise = [torch.randn(1, 1, 8, 8)]
     denoise = gaussian_denoiser(abar, 0.3, 0.5)
-    assert torch.equal(one_step(denoise, noise, abar)[0], denoise(noise, 999)[0])
+    assert torch.equal(one_step(denoise, noise, abar)[0], denoise(noise, 999)[0][0])
+
+
+def test_cosine_schedule():
+    """abar(t) = f(t) / f(0), f = cos^2((t / T + 0.008) / 1.008 pi / 2), betas at most 0.999 (Eq. 17)."""
+    abar = Schedule(kind="cosine").abar.double()
+
+    def f(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    for t in (0, 1, 499, 998):
+        assert float(abar[t]) == pytest.approx(f(t + 1) / f(0), rel=1e-5)
+    assert float(abar[999] / abar[998]) == pytest.approx(0.001, rel=1e-3)
+
+
+def test_velocity_is_the_derivative_along_the_angle():
+    """With y_t = cos(a) y + sin(a) eps, v = d y_t / d a (Salimans & Ho 2022)."""
+    y, eps = torch.randn(1, 1, 4, 4).double(), torch.randn(1, 1, 4, 4).double()
+    angle, step = 0.7, 1e-6
+
+    def state(a):
+        return noised(y, eps, torch.tensor([math.cos(a) ** 2], dtype=torch.float64))
+
+    slope = (state(angle + step) - state(angle - step)) / (2 * step)
+    torch.testing.assert_close(velocity(y, eps, torch.tensor([math.cos(angle) ** 2]).double()), slope)
+
+
+@pytest.mark.parametrize("kind", ["x0", "v", "eps"])
+def test_every_prediction_leads_back_to_x0(kind):
+    y, eps, abar = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4), torch.tensor([0.99, 0.5, 0.01])
+    back = to_x0(kind, truth(kind, y, eps, abar), noised(y, eps, abar), abar)
+    torch.testing.assert_close(back, y, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["x0", "v", "eps"])
+def test_min_snr_weighs_every_prediction_by_the_same_error_in_x0(kind):
+    """weight x |out - truth|^2 = min(SNR, gamma) |x0 - y|^2, whatever is predicted (Hang et al. 2023)."""
+    abar = torch.tensor([0.99, 0.9, 0.5, 0.01], dtype=torch.float64)
+    y, eps = (torch.randn(4, 1, 4, 4).double() for _ in range(2))
+    out = truth(kind, y, eps, abar) + 0.1 * torch.randn(4, 1, 4, 4).double()
+    x0 = to_x0(kind, out, noised(y, eps, abar), abar)
+    weighted = snr_weight(kind, abar, 5.0) * (out - truth(kind, y, eps, abar)).square().mean((1, 2, 3))
+    expected = torch.tensor([5.0, 5.0, 1.0, 0.01 / 0.99]).double() * (x0 - y).square().mean((1, 2, 3))
+    torch.testing.assert_close(weighted, expected)
+
+
+@pytest.mark.parametrize(("t", "s"), [(500, 499), (999, 749), (3, 0)])
+def test_reverse_step_is_bayes(t, s):
+    """q(y_s | y_t, x0) by conditioning the joint Gaussian of (y_s, y_t) given x0."""
+    abar = Schedule().abar.double()
+    a_t, a_s = float(abar[t]), float(abar[s])
+    ratio = a_t / a_s
+    variance_s, variance_t = 1 - a_s, 1 - a_t
+    covariance = ratio**0.5 * variance_s
+    x0, y_t = 0.3, -0.8
+    mean = a_s**0.5 * x0 + covariance / variance_t * (y_t - a_t**0.5 * x0)
+    variance = variance_s - covariance**2 / variance_t
+    step = reverse(a_t, a_s)
+    assert step.on_x0 * x0 + step.on_y * y_t == pytest.approx(mean, rel=1e-9)
+    assert math.exp(step.log_posterior) == pytest.approx(variance, rel=1e-9)
+    assert math.exp(step.log_beta) == pytest.approx(1 - ratio, rel=1e-9)
+    schedule = Schedule()
+    if t - s == 1:
+        assert float(schedule.log_beta[t]) == pytest.approx(step.log_beta, abs=1e-4)
+        assert float(schedule.log_posterior[t]) == pytest.approx(step.log_posterior, abs=1e-4)
+
+
+def test_learned_variance_lies_between_its_bounds():
+    """Eq. 15 of Nichol & Dhariwal: -1 is beta tilde, 1 is beta, the middle their geometric mean."""
+    step = reverse(0.2, 0.4)
+    low, middle, high = (math.exp(float(log_variance(torch.tensor(f), step))) for f in (-1.0, 0.0, 1.0))
+    assert high == pytest.approx(0.5)
+    assert low == pytest.approx(0.5 * 0.6 / 0.8)
+    assert middle == pytest.approx((low * high) ** 0.5)
+
+
+def test_ddpm_draws_from_the_data_distribution():
+    abar = Schedule().abar
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(_):
+        return [torch.randn(1, 1, 128, 128, generator=generator).double()]
+
+    made = ddpm(gaussian_denoiser(abar, 0.3, 0.5), draw(0), abar, 250, draw=draw)[0]
+    assert float(made.mean()) == pytest.approx(0.3, abs=0.02)
+    # The last step writes the posterior mean, without its noise: a little less spread than the data.
+    assert float(made.std()) == pytest.approx(0.5, abs=0.03)
+
+
+def test_ddpm_uses_the_learned_variance():
+    """One strided step from t = 999 to 499: its spread is that of the fraction."""
+    abar = Schedule().abar
+    noise = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(1))
+    seen = []
+
+    def denoise(fraction):
+        def call(states, t):
+            seen.append(states[0])
+            return [torch.zeros_like(states[0])], None if fraction is None else [torch.full_like(states[0], fraction)]
+
+        return call
+
+    step = reverse(float(abar[999]), float(abar[499]))
+    for fraction, log_var in ((None, step.log_posterior), (-1.0, step.log_posterior), (1.0, step.log_beta)):
+        seen.clear()
+        ddpm(denoise(fraction), [torch.zeros(1, 1, 256, 256)], abar, 2, draw=lambda i: [noise])
+        assert float(seen[1].std()) == pytest.approx(math.exp(log_var / 2), rel=0.02)

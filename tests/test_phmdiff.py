@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phmdiff_fast import losses
-from phmdiff_fast.config import LevelSpec, ModelConfig, TrainConfig
+from phmdiff_fast.config import LevelSpec, ModelConfig, SampleConfig, TrainConfig, build_config
 from phmdiff_fast.diffusion import noised
 from phmdiff_fast.kernels import _philox
 from phmdiff_fast.kernels.mmd import mmd2
@@ -193,3 +193,177 @@ def test_the_scaled_state_keeps_the_noise_out_at_high_t():
         made = [model.translate(source, torch.arange(4), seed=seed)[0] for seed in (1, 2)]
         difference = float((made[0] - made[1]).abs().mean())
         assert (difference < 1e-2) == scaled, difference
+
+
+def awake(**more) -> PHMDiff:
+    """A small model whose zero-initialised parts do something."""
+    torch.manual_seed(0)
+    model = PHMDiff(small(**more), 1)
+    for p in model.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def spied(model) -> list[dict]:
+    """Record what every call of the network gets."""
+    calls = []
+    model.net.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(
+            dict(y=args[0], sources=args[1], coarse=args[2], abar=args[4], level=args[5], **kwargs)
+        ),
+        with_kwargs=True,
+    )
+    return calls
+
+
+OPTIONS = {
+    "v": dict(prediction="v"),
+    "eps": dict(prediction="eps"),
+    "variance": dict(learn_variance=True),
+    "variance without head": dict(learn_variance=True, head=False, prediction="eps"),
+    "teacher": dict(coarse="teacher"),
+    "cascade": dict(coupling="cascade"),
+    "teacher cascade": dict(coarse="teacher", coupling="cascade", prediction="v"),
+    "diffmae": dict(reading="diffmae"),
+    "diffmae without stem": dict(reading="diffmae", stem=False, head=False),
+    "cosine": dict(schedule="cosine"),
+    "background": dict(drop_background=True),
+    "token": dict(decoder_input="token", prediction="v"),
+    "no masking": dict(levels=[LevelSpec(mask_ratio=0) for _ in range(3)]),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_trains_and_samples(name):
+    """Every parameter gets a finite gradient (masked and unmasked together), and sampling gives an image."""
+    model = awake(**OPTIONS[name])
+    source, target = images()
+    foreground = source > 0
+    for masked in (True, False):
+        config = TrainConfig(last_t_share=0.0, min_snr=5.0 if name == "v" else 0.0)
+        terms = model.loss(target, source, torch.arange(4), (0, 3), config, masked=masked, foreground=foreground)
+        terms.total.backward()
+    silent = {n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()}
+    # Without masks nobody enters the decoder as a noisy patch of his own.
+    assert silent == {n for n, _ in model.named_parameters() if name == "no masking" and "decoder_embedder" in n}
+    for sampler in ("ddim", "ddpm"):
+        made = model.eval().translate(source, torch.arange(4), SampleConfig(steps=3, sampler=sampler, coarse_t=20))
+        assert [m.shape[-1] for m in made] == [32, 16, 8]
+        assert all(torch.isfinite(m).all() and float(m.abs().max()) <= 1 for m in made)
+
+
+def test_min_snr_weighs_the_loss_of_a_sample():
+    torch.manual_seed(0)
+    model = PHMDiff(small(), 1)  # its output is 0: the loss is the mean square of the target
+    terms = one(model, masked=False, mmd_weight=0.0, last_t_share=0.0, min_snr=5.0)
+    abar = model.schedule(model.schedule.draw(torch.arange(4), (0, 3)))
+    weight = (abar / (1 - abar)).clamp_max(5.0)
+    _, target = images()
+    torch.testing.assert_close(terms.denoise[0], (weight * target.square().mean((1, 2, 3))).mean())
+
+
+def test_learned_variance_adds_the_bound_and_leaves_the_prediction_alone():
+    model = awake(learn_variance=True)
+    with torch.no_grad():  # the variance's half of the output alone
+        for head in model.net.heads:
+            head.last.weight[1:] = 0
+            head.last.bias[1:] = 0.4
+    terms = one(model, mmd_weight=0.0, last_t_share=0.0, vlb_weight=0.01)
+    torch.testing.assert_close(terms.total.detach(), terms.denoise.mean() + 0.01 * 1000 * terms.vlb.mean())
+    plain = one(model, mmd_weight=0.0, last_t_share=0.0, vlb_weight=0.0)
+    torch.testing.assert_close(plain.total.detach(), plain.denoise.mean())
+    assert (terms.vlb > 0).all()
+
+
+def test_a_teacher_shows_the_true_coarse_image_with_noise_that_the_network_is_told():
+    model = awake(coarse="teacher", coarse_noise=400)
+    calls = spied(model)
+    one(model, mmd_weight=0.0)
+    ids = torch.arange(4)
+    told = (_philox.integers(ids, 1, rng=(0, 3), stream=17)[:, 0] * 400) >> 32
+    _, target = images()
+    true_coarse = torch.nn.functional.avg_pool2d(target, 2)
+    eps = _philox.normals(ids, 256, rng=(0, 3), stream=18).view_as(true_coarse)
+    assert calls[-1]["level"] == 0
+    torch.testing.assert_close(calls[-1]["coarse"], noised(true_coarse, eps, model.schedule(told)))
+    # The told noise level changes the conditioning of all levels but the coarsest.
+    t = torch.full((4,), 300)
+    quiet, loud = (model.net.modulations(t, torch.full((4,), s)) for s in (0, 200))
+    differs = [any(not torch.equal(a, b) for a, b in zip(x, y, strict=True)) for x, y in zip(quiet, loud, strict=True)]
+    assert differs == [True, True, False]
+
+
+def test_coarse_t_puts_noise_on_the_coarser_estimate_while_sampling():
+    model = awake(coarse="teacher").eval()
+    calls = spied(model)
+    source, _ = images()
+    for coarse_t in (0, 200):
+        model.translate(source, torch.arange(4), SampleConfig(coarse_t=coarse_t))
+    clean, noisy = calls[2]["coarse"], calls[5]["coarse"]
+    eps = _philox.normals(torch.arange(4), 256, rng=(0, 0), stream=18).view_as(clean)
+    # Level 1's own estimate saw another coarse image, so only the noise itself is compared.
+    apart = noisy - model.schedule.abar[200].sqrt() * clean
+    assert float((apart * eps).mean() / eps.square().mean()) == pytest.approx(
+        float((1 - model.schedule.abar[200]).sqrt()), abs=0.05
+    )
+
+
+def test_cascade_draws_a_time_for_each_level_and_finishes_the_coarse_one_first():
+    order = {}
+    for coupling in ("lockstep", "cascade"):
+        model = awake(coupling=coupling)
+        calls = spied(model)
+        one(model, mmd_weight=0.0, last_t_share=0.0)
+        same = all(torch.equal(calls[0]["abar"], call["abar"]) for call in calls)
+        assert same == (coupling == "lockstep")
+        calls.clear()
+        made = model.eval().translate(images()[0], torch.arange(4), steps=2)
+        order[coupling] = [call["level"] for call in calls]
+        if coupling == "cascade":  # the finer level is given the finished coarse image, at every step
+            assert all(torch.equal(call["coarse"], made[1]) for call in calls if call["level"] == 0)
+    assert order == {"lockstep": [2, 1, 0, 2, 1, 0], "cascade": [2, 2, 1, 1, 0, 0]}
+
+
+def test_diffmae_encodes_clean_source_patches_and_denoises_every_target_patch():
+    model = awake(reading="diffmae")
+    tokens = []
+    model.net.to_decoder.register_forward_pre_hook(lambda _, args: tokens.append(args[0]))
+    source, target = images()
+    for seed in (0, 1):  # other noise; the mask of seed 0, so that the same patches are encoded
+        with torch.no_grad():
+            mask = model._mask(0, 64, torch.arange(4), (0, 3), None)
+            eps = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+            abar = torch.full((4,), 0.5)
+            coarse = torch.zeros(4, 1, 16, 16)
+            vectors = model.net.modulations(torch.full((4,), 500))
+            maps = model.net.source_maps(source)
+            out, _ = model._predict(0, target, source, coarse, abar, maps, vectors, eps=eps, mask=mask)
+            tokens.append(out)
+    assert tokens[0].shape[1] == 16  # 64 patches less 75 %
+    assert torch.equal(tokens[0], tokens[2])  # the encoder never sees the noisy target
+    patches = (tokens[1] - tokens[3]).abs().unfold(2, 4, 4).unfold(3, 4, 4).amax((1, 4, 5))
+    assert (patches > 0).all()  # every target patch is denoised from its own noise
+
+
+def test_background_is_masked_first():
+    model = awake(drop_background=True)
+    calls = spied(model)
+    source, target = images()
+    foreground = torch.zeros(4, 1, 32, 32, dtype=torch.bool)
+    foreground[:, :, 8:24, 8:24] = True  # 16 of 64 patches, as many as stay
+    model.loss(target, source, torch.arange(4), (0, 3), TrainConfig(), masked=True, foreground=foreground)
+    kept = calls[-1]["mask"][0]
+    inside = [row * 8 + col for row in range(2, 6) for col in range(2, 6)]
+    assert kept.tolist() == [inside] * 4
+    calls.clear()
+    model.loss(target, source, torch.arange(4), (0, 3), TrainConfig(), masked=True)
+    assert calls[-1]["mask"][0].tolist() != [inside] * 4
+
+
+def test_preset_paper_is_the_papers():
+    config = build_config("paper")
+    m, t = config.model, config.train
+    assert (m.prediction, m.stem, m.head, m.scale_state) == ("eps", False, False, False)
+    assert (t.lr, t.batch_size, t.weight_decay, t.mmd_weight, t.mmd_kernel) == (1e-6, 10, 0, 0.5, "paper")
+    assert (t.betas, t.min_lr_ratio, t.warmup_steps, t.last_t_share) == ((0.9, 0.999), 1, 0, 0)
