@@ -1,8 +1,9 @@
-"""PNG pictures for people: strips of slices with error maps, and training curves.
+"""PNG pictures for people: strips of slices with error maps, the levels of the pyramid, training curves.
 
-Images come as (H, W) arrays [x, y] in RAS, as the network sees them, and are turned upright: front
-of the head up, the patient's left at the left of the picture (neurological view, marked L and R).
-Files are written under a temporary name and renamed.
+Images come as (H, W) arrays in RAS, as the network sees them ([x, y] where axial), and are turned
+upright: front of the head (axial) or its top up, the patient's left at the left of the picture
+(neurological view, marked L and R); sagittal slices face right (marked P and A). Files are written
+under a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from pathlib import Path
 
 import numpy as np
 
+from . import curves as training
+from .curves import INK
 from .files import whole_file
 
 ERROR_TOP = 0.5  # |error| at the end of the colour scale, of a range of 2: fixed, so that strips compare
 ERROR_MAP = "magma"  # readable without colour vision, and on grey print
 CELL, GAP, BAR, LETTER = 1.3, 0.05, 0.85, 0.075  # inches: a picture, between two, the colour bar, a letter of a label
 DPI = 110
-INK, FAINT, BLUE, ORANGE = "#1b1f24", "#8a929c", "#0072b2", "#d55e00"  # the last two: Okabe and Ito's palette
+SIDES = {"axial": "LR", "coronal": "LR", "sagittal": "PA"}  # what lies at the left and right of an upright slice
 
 
-def strip(path: str | Path, rows: list[dict], *, title: str | None = None) -> Path:
+def strip(path: str | Path, rows: list[dict], *, title: str | None = None, axis: str = "axial") -> Path:
     """One row per slice: source(s) | other methods | synthesized | truth | |error| of each method.
 
     rows : dicts with
@@ -31,17 +34,18 @@ def strip(path: str | Path, rows: list[dict], *, title: str | None = None) -> Pa
         ``truth``        (H, W)
         ``others``       optional ``{method: (H, W)}``, shown before ours
         ``source_names`` optional list of names for the source columns
+    axis : "axial" (images [x, y]), "coronal" ([x, z]) or "sagittal" ([y, z])
     All images in [-1, 1], grey from -1 to 1; |error| = |image - truth| on a fixed scale 0 to 0.5.
     Column heads are those of the first row; every row must have the same columns.
 
-    Raises ValueError if rows are missing, differ in their columns or an image has another shape
-    than its truth; PhmdiffError OUTPUT_WRITE (exit 74) if the file cannot be written.
+    Raises ValueError if rows are missing, differ in their columns, an image has another shape than
+    its truth, or for another axis; PhmdiffError OUTPUT_WRITE (exit 74) if the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colorbar import Colorbar
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+    if axis not in SIDES:
+        raise ValueError(f"unknown axis {axis!r}, known: {', '.join(SIDES)}")
     if not rows:
         raise ValueError("a strip needs at least one row")
     table = [_columns(row) for row in rows]  # per row: [(head, image, is_error), ...]
@@ -74,63 +78,124 @@ def strip(path: str | Path, rows: list[dict], *, title: str | None = None) -> Pa
         for left, (head, image, is_error) in zip(lefts, columns, strict=True):
             axes = axes_at(left, below, CELL, heights[r])
             axes.set_axis_off()
-            scale = (
-                {"cmap": ERROR_MAP, "vmin": 0, "vmax": ERROR_TOP}
-                if is_error
-                else {"cmap": "gray", "vmin": -1, "vmax": 1}
-            )
-            shown = axes.imshow(image, interpolation="bilinear", **scale)
+            shown = axes.imshow(image, interpolation="bilinear", **_scale(is_error))
             error_image = shown if is_error else error_image
             if r == 0:
                 ours = head.startswith("synthesized")
                 axes.set_title(head, size=8.5, pad=4, color=INK, weight="bold" if ours else "normal")
                 if left == lefts[0]:
-                    for side, x in (("L", 0.03), ("R", 0.97)):
-                        axes.text(x, 0.97, side, transform=axes.transAxes, ha="left" if side == "L" else "right",
-                                  va="top", size=7, color="white")  # fmt: skip
+                    _mark_sides(axes, axis)
 
     bar_height = min(height - top - 0.1, 2.4)
     bar_axes = axes_at(lefts[-1] + CELL + 0.1, (height - top + 0.1 - bar_height) / 2, 0.11, bar_height)
-    bar = Colorbar(bar_axes, mappable=error_image, norm=Normalize(0, ERROR_TOP), extend="max", ticks=[0, 0.25, 0.5])
-    bar.ax.tick_params(labelsize=7.5, length=2, colors=INK)
-    bar.set_label("|error| (of a range of 2)", size=7.5, color=INK)
-    bar.outline.set_linewidth(0.4)
+    _error_bar(bar_axes, error_image)
     return _save(path, canvas, _strip_palette())
 
 
-def curves(path: str | Path, log_records: list[dict], *, title: str | None = None) -> Path:
-    """Loss over steps (log scale, running mean over it) and, where recorded, validation PSNR.
+def levels(path: str | Path, rows: list[dict], *, title: str | None = None, axis: str = "axial") -> Path:
+    """What each level of the pyramid makes (the paper's Fig. 9): coarse to fine from left to right.
 
-    log_records : dicts with ``step``, ``loss`` and, in some, ``val_psnr`` (dB)
-    Raises ValueError without a record; PhmdiffError OUTPUT_WRITE (exit 74) as ``strip``.
+    rows : dicts with
+        ``label``      text at the left, may have several lines
+        ``estimates``  (H_n, W_n) of each level, fine to coarse, in [-1, 1]
+        ``truths``     the same
+    axis : as in ``strip``
+    Per row three lines: estimate, truth, |error| (scales as in ``strip``). A level is enlarged to the
+    cell of the finest without interpolation, so that its pixels are seen, and below it stands its
+    PSNR in dB (data range 2).
+
+    Raises ValueError if rows are missing, the rows' levels differ, an estimate has another shape than
+    its truth, or for another axis; PhmdiffError OUTPUT_WRITE (exit 74) as ``strip``.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    losses = [(record["step"], record["loss"]) for record in log_records if record.get("loss") is not None]
-    scores = [(record["step"], record["val_psnr"]) for record in log_records if record.get("val_psnr") is not None]
-    if not losses and not scores:
+    if axis not in SIDES:
+        raise ValueError(f"unknown axis {axis!r}, known: {', '.join(SIDES)}")
+    if not rows:
+        raise ValueError("a picture of levels needs at least one row")
+    pairs = [_level_pairs(row) for row in rows]
+    shapes = [truth.shape for _, truth in pairs[0]]
+    if any([truth.shape for _, truth in row] != shapes for row in pairs):
+        raise ValueError("the rows have levels of different shapes")
+
+    # All in whole pixels, from the top left: a cell is a whole multiple of the finest level.
+    factor = max(1, -(-128 // max(shapes[0])))
+    wide, tall = shapes[0][0] * factor, shapes[0][1] * factor  # images are [x, y]
+    gap, line, edge = 6, 19, 11
+    label_width = edge + round(
+        DPI * (0.1 + LETTER * max(len(t) for row in rows for t in str(row["label"]).split("\n")))
+    )
+    left = label_width + round(DPI * LETTER * 9)  # room for "estimate"
+    top = edge + (31 if title else 0) + 2 * line
+    block = 3 * tall + 2 * gap + line + edge
+    width = left + len(shapes) * (wide + gap) + round(DPI * BAR)
+    height = top + len(rows) * block
+    figure = Figure(figsize=((width + 0.01) / DPI, (height + 0.01) / DPI), dpi=DPI, facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+
+    def axes_at(x, y, w, h):
+        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+    def write(x, y, text, **more):
+        figure.text(x / width, 1 - y / height, text, **{"size": 8.5, "color": INK, "va": "center", **more})
+
+    if title:
+        write(edge, edge, title, va="top", size=11, weight="bold")
+    for r, (row, levels_of_row) in enumerate(zip(rows, pairs, strict=True)):
+        y = top + r * block
+        write(edge, y + (block - edge) / 2, str(row["label"]))
+        for i, name in enumerate(("estimate", "truth", "|error|")):
+            write(left - gap, y + i * (tall + gap) + tall / 2, name, ha="right", size=8)
+        for column, level in enumerate(reversed(range(len(shapes)))):
+            estimate, truth = levels_of_row[level]
+            x = left + column * (wide + gap)
+            images = estimate, truth, np.abs(estimate - truth)
+            for i, image in enumerate(images):
+                axes = axes_at(x, y + i * (tall + gap), wide, tall)
+                axes.set_axis_off()
+                shown = axes.imshow(np.rot90(image), interpolation="nearest", aspect="auto", **_scale(i == 2))
+                if r == column == i == 0:
+                    _mark_sides(axes, axis)
+            write(x + wide / 2, y + block - edge - line / 2, _psnr_text(estimate, truth), ha="center")
+            if r == 0:
+                head = f"level {level}\n{shapes[level][0]} x {shapes[level][1]}"
+                write(x + wide / 2, y - line, head, ha="center", weight="normal" if level else "bold")
+    bar_height = min(height - top - line - edge, 264)
+    _error_bar(axes_at(width - round(DPI * BAR) + gap, top, 12, bar_height), shown)
+    return _save(path, canvas, _strip_palette())
+
+
+def curves(
+    path: str | Path,
+    log_records: list[dict],
+    *,
+    title: str | None = None,
+    reference: dict[str, float] | None = None,
+) -> Path:
+    """Loss over steps (log scale, running mean over it) and, where recorded, what else the log holds.
+
+    log_records : dicts with ``step``, ``loss`` and, in some, ``val_psnr`` (dB), ``denoise`` and
+        ``mmd`` (lists over the levels, fine to coarse; each its own panel), ``stage`` (a line marks
+        where it changes)
+    reference : name -> dB, horizontal lines in the panel of ``val_psnr``
+    Raises ValueError without a loss or score; PhmdiffError OUTPUT_WRITE (exit 74) as ``strip``.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = training.panels(log_records, reference)
+    if not panels:
         raise ValueError("there is no loss and no validation score to draw")
-
-    panels = [panel for panel in (losses, scores) if panel]
-    figure = Figure(figsize=(4.6 * len(panels), 3.0), dpi=DPI, facecolor="white", layout="constrained")
+    across = min(len(panels), 2)
+    down = -(-len(panels) // across)
+    wide, tall = training.PANEL
+    figure = Figure(figsize=(wide * across, tall * down), dpi=DPI, facecolor="white", layout="constrained")
     canvas = FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, size=11, weight="bold", color=INK)
-    for index, panel in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), index + 1)
-        step, value = np.array(panel, dtype=np.float64).T  # (n,), (n,)
-        if panel is losses:
-            _draw_loss(axes, step, value)
-        else:
-            _draw_psnr(axes, step, value)
-        axes.set_xlabel("optimizer step", size=9, color=INK)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.tick_params(labelsize=8, colors=INK, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#e4e7eb", linewidth=0.6)
-        axes.set_axisbelow(True)
+    for index, draw in enumerate(panels):
+        draw(figure.add_subplot(down, across, index + 1))
     return _save(path, canvas)
 
 
@@ -158,33 +223,42 @@ def _columns(row: dict) -> list[tuple[str, np.ndarray, bool]]:
     return out
 
 
-def _draw_loss(axes, step: np.ndarray, loss: np.ndarray) -> None:
-    positive = loss[np.isfinite(loss)]
-    if positive.size and positive.min() > 0:
-        axes.set_yscale("log")
-    window = max(1, len(loss) // 20)
-    axes.plot(
-        step, loss, color=BLUE, alpha=0.3 if window > 1 else 1.0, linewidth=0.8, marker="." if len(loss) < 30 else ""
-    )
-    if window > 1:
-        share = np.ones(window) / window
-        middle = np.convolve(step, share, mode="valid")
-        axes.plot(middle, np.convolve(loss, share, mode="valid"), color=BLUE, linewidth=1.8, label=f"mean of {window}")
-        axes.legend(frameon=False, fontsize=8)
-    axes.set_ylabel("training loss", size=9, color=INK)
+def _level_pairs(row: dict) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(estimate, truth) of each level, fine to coarse."""
+    if not row["truths"] or len(row["estimates"]) != len(row["truths"]):
+        raise ValueError(f"{len(row['estimates'])} estimates and {len(row['truths'])} truths are no levels")
+    out = []
+    for level, pair in enumerate(zip(row["estimates"], row["truths"], strict=True)):
+        estimate, truth = (np.asarray(image, dtype=np.float64) for image in pair)
+        if truth.ndim != 2 or estimate.shape != truth.shape:
+            raise ValueError(f"level {level} is {estimate.shape}, its truth {truth.shape}, both must be one (H, W)")
+        out.append((estimate, truth))
+    return out
 
 
-def _draw_psnr(axes, step: np.ndarray, psnr: np.ndarray) -> None:
-    axes.plot(step, psnr, color=ORANGE, linewidth=1.4, marker="o", markersize=3.5)
-    axes.set_ylabel("validation PSNR (dB)", size=9, color=INK)
-    finite = np.flatnonzero(np.isfinite(psnr))
-    if finite.size:
-        best = finite[psnr[finite].argmax()]
-        axes.annotate(
-            f"best {psnr[best]:.2f} dB\nat step {int(step[best])}", (step[best], psnr[best]), xytext=(0.97, 0.08),
-            textcoords="axes fraction", ha="right", size=8, color=INK,
-            arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7},
-        )  # fmt: skip
+def _psnr_text(estimate: np.ndarray, truth: np.ndarray) -> str:
+    """10 log10(2^2 / MSE), the data range being 2."""
+    mse = np.mean((estimate - truth) ** 2)
+    return f"{10 * np.log10(4 / mse):.2f} dB" if mse else "exact"
+
+
+def _scale(is_error: bool) -> dict:
+    return {"cmap": ERROR_MAP, "vmin": 0, "vmax": ERROR_TOP} if is_error else {"cmap": "gray", "vmin": -1, "vmax": 1}
+
+
+def _mark_sides(axes, axis: str) -> None:
+    for side, x, ha in zip(SIDES[axis], (0.03, 0.97), ("left", "right"), strict=True):
+        axes.text(x, 0.97, side, transform=axes.transAxes, ha=ha, va="top", size=7, color="white")
+
+
+def _error_bar(axes, error_image) -> None:
+    from matplotlib.colorbar import Colorbar
+    from matplotlib.colors import Normalize
+
+    bar = Colorbar(axes, mappable=error_image, norm=Normalize(0, ERROR_TOP), extend="max", ticks=[0, 0.25, 0.5])
+    bar.ax.tick_params(labelsize=7.5, length=2, colors=INK)
+    bar.set_label("|error| (of a range of 2)", size=7.5, color=INK)
+    bar.outline.set_linewidth(0.4)
 
 
 def _strip_palette() -> np.ndarray:

@@ -18,8 +18,9 @@ from .files import refuse_existing, whole_file
 
 METHOD_NAMES = {"ours": "PHMDiff (ours)", "lookup": "value lookup table", "unet_l1": "U-Net, L1 loss"}
 # metric -> (head, decimals, whether more is better)
-METRICS = {"psnr": ("PSNR (dB)", 2, True), "ssim": ("SSIM (%)", 2, True), "mae": ("MAE", 4, False)}
-MAE_NOTE = "MAE in normalised units, of a range of 2"
+METRICS = {"psnr": ("PSNR (dB)", 2, True), "ssim": ("SSIM (%)", 2, True), "mae": ("MAE", 4, False),
+           "mae_hu": ("MAE (HU)", 1, False)}  # fmt: skip
+UNITS = {"mae": "MAE in normalised units, of a range of 2", "mae_hu": "MAE (HU) is the MAE in Hounsfield units"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def format_table(table_rows: list[dict]) -> str:
                  for line in grid]  # fmt: skip
         lines.insert(1, "-" * len(lines[0]))
         blocks.append("\n".join([f"protocol {table.protocol}", *(line.rstrip() for line in lines)]))
-    blocks.append(f"mean ± standard deviation over n subjects; * best; {MAE_NOTE}")
+    blocks.append(f"mean ± standard deviation over n subjects; * best{_units(table_rows)}")
     return "\n\n".join(blocks)
 
 
@@ -68,7 +69,7 @@ def markdown_table(table_rows: list[dict]) -> str:
             shown = [f"**{cell.text}**" if cell.best else cell.text for cell in cells]
             lines.append([_markdown(table.protocol), _markdown(name), *shown, n])
     text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{text}\n\nMean ± standard deviation over n subjects, best in bold; {MAE_NOTE}."
+    return f"{text}\n\nMean ± standard deviation over n subjects, best in bold{_units(table_rows)}."
 
 
 def write_demo_page(
@@ -120,6 +121,11 @@ def _metrics(table_rows: list[dict]) -> list[str]:
     if unknown:
         raise ValueError(f"unknown metrics: {', '.join(sorted(unknown))}")
     return [metric for metric in METRICS if any(row["metric"] == metric for row in table_rows)]
+
+
+def _units(table_rows: list[dict]) -> str:
+    """What the notes below a table say about the units of its metrics."""
+    return "".join(f"; {UNITS[metric]}" for metric in _metrics(table_rows) if metric in UNITS)
 
 
 def _tables(table_rows: list[dict]) -> list[_Table]:
@@ -189,7 +195,7 @@ def _html_tables(table_rows: list[dict]) -> str:
         '<section><h2>Scores</h2><div class="scroll"><table><thead><tr><th scope="col">Method</th>'
         f'{heads}<th scope="col" class="number">n</th></tr></thead>{"".join(bodies)}</table></div>'
         '<p class="small">Mean ± standard deviation over n test subjects; the best of each protocol in bold. '
-        f"Higher is better for PSNR and SSIM, lower for MAE. {_text(MAE_NOTE)}.</p></section>"
+        f"Higher is better for PSNR and SSIM, lower for MAE{_text(_units(table_rows))}.</p></section>"
     )
 
 

@@ -85,6 +85,20 @@ def test_markdown_table():
     assert len({line.count("|") for line in lines[:8]}) == 1
 
 
+def test_units_are_told_of_the_metrics_that_are_there(write):
+    hu = [{"method": method, "protocol": "ct", "metric": "mae_hu", "mean": mean, "std": 4.26, "n": 3}
+          for method, mean in (("ours", 61.26), ("lookup", 80.0))]  # fmt: skip
+    lines = report.markdown_table(hu).split("\n")
+    assert lines[0] == "| protocol | method | MAE (HU) | n |"
+    assert lines[2] == "| ct | PHMDiff (ours) | **61.3 ± 4.3** | 3 |"  # less is better
+    only_psnr = [row for row in TABLE if row["metric"] == "psnr"]
+    for table, units in ((hu, (False, True)), (TABLE, (True, False)), (TABLE + hu, (True, True)),
+                         (only_psnr, (False, False))):  # fmt: skip
+        for text in (report.format_table(table), report.markdown_table(table), write("u.html", table_rows=table,
+                     overwrite=True).source):  # fmt: skip
+            assert ("MAE in normalised units" in text, "MAE in Hounsfield units" in text) == units
+
+
 def test_equal_as_shown_are_both_best_and_a_lone_method_is_none():
     text = report.markdown_table(rows(ours=(27.901, 93.2, 0.03), unet_l1=(27.904, 90.0, 0.04)))
     assert text.count("**27.90 ± 0.50**") == 2
