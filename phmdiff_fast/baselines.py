@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .augment import augment
+from .augment import augment, manner
 from .cache import SliceCache, batch_rows
-from .config import TrainConfig
+from .config import DataConfig, TrainConfig
 from .device import autocast
 
 BINS = 128
@@ -91,15 +91,15 @@ class UNet(nn.Module):
 
 def train_unet(
     cache: SliceCache, rows: np.ndarray, config: TrainConfig, seconds: float, device: torch.device, dtype: torch.dtype,
-    *, channels: int, progress=None,
+    *, data: DataConfig, progress=None,
 ) -> tuple[UNet, int]:  # fmt: skip
     """Train a U-Net with an L1 loss for ``seconds`` of wall-clock; returns (model, steps).
 
     AdamW 1e-3, cosine over the time, batch and augmentation of ``config``. rows: training rows of
-    the cache. ``progress(share)`` is called after each step.
+    the cache; data: what its channels are. ``progress(share)`` is called after each step.
     """
     torch.manual_seed(config.seed)
-    model = UNet(channels).to(device)
+    model, how = UNet(data.source_channels).to(device), manner(data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=config.weight_decay, fused=True)
     begun, step = time.monotonic(), 0
     while (share := (time.monotonic() - begun) / seconds) < 1:
@@ -107,7 +107,7 @@ def train_unet(
         batch = cache.batch(chosen)
         sources, target = (torch.from_numpy(batch[name]).to(device) for name in ("sources", "target"))
         ids = torch.from_numpy(chosen).to(device)
-        sources, target = augment(sources, target, ids, (config.seed, step), config)
+        sources, target = augment(sources, target, ids, (config.seed, step), config, **how)
         with autocast(device, dtype):
             loss = (model(sources) - target).abs().mean()
         optimizer.zero_grad(set_to_none=True)

@@ -1,13 +1,16 @@
 """The slice cache on disk, subject by subject, and the stateless order in which its rows are visited.
 
-A folder of three files: ``slices.bin`` float32 (n, contrasts, S, S), raw intensities on the network
-grid; ``foreground.bin`` uint8 (n, S, S); ``index.json``, written last: without it there is no cache.
+A folder of four files: ``slices.bin`` float32 (m, contrasts, S, S), raw intensities on the network grid;
+``foreground.bin`` uint8 (n, S, S); ``context.bin`` int32 (n, 2k+1), where in slices.bin a row's slice and
+its k neighbours on each side lie; ``index.json``, written last: without it there is no cache. The m
+slices are the n rows and those neighbours of theirs that are no rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -20,15 +23,15 @@ import numpy as np
 from .config import DataConfig
 from .data import Cohort, Progress, load_subject
 from .errors import IO, PhmdiffError
-from .grid import InPlane, Scaling, fit_scaling
+from .grid import HU_CONTRASTS, InPlane, Scaling, fill_for, neighbours, scaling_for
 
-VERSION = 1
-SLICES, FOREGROUND, INDEX = "slices.bin", "foreground.bin", "index.json"
+VERSION = 2
+SLICES, FOREGROUND, CONTEXT, INDEX = "slices.bin", "foreground.bin", "context.bin", "index.json"
 WITHOUT_EFFECT = {"skip_incomplete"}  # settings the cache does not depend on
 
 
 class SliceCache:
-    """Axial slices (RAS axis 2) of some subjects, memory-mapped.
+    """Slices of some subjects along the settings' axis, memory-mapped.
 
     ``contrasts``: the sources and then the target; ``subjects``: ids in the order of their rows;
     ``image_size``: S; ``len(cache)``: number of slices.
@@ -42,9 +45,11 @@ class SliceCache:
         self._scaling = {
             entry["id"]: {name: Scaling(*entry["scaling"][name]) for name in names} for entry in index["subjects"]
         }
-        count = index["subjects"][-1]["rows"][1]
-        self._slices = np.memmap(folder / SLICES, "<f4", "r", shape=(count, len(names), size, size))
-        self._foreground = np.memmap(folder / FOREGROUND, "u1", "r", shape=(count, size, size))
+        shapes = _shapes(index)
+        count = shapes[FOREGROUND][0]
+        self._slices = np.memmap(folder / SLICES, "<f4", "r", shape=shapes[SLICES])
+        self._foreground = np.memmap(folder / FOREGROUND, "u1", "r", shape=shapes[FOREGROUND])
+        self._context = np.fromfile(folder / CONTEXT, "<i4").reshape(shapes[CONTEXT]).astype(np.int64)
         self._lo, self._gain = (np.empty((count, len(names), 1, 1), np.float32) for _ in range(2))
         for subject, rows in self._rows.items():
             scalings = self._scaling[subject].values()
@@ -52,7 +57,7 @@ class SliceCache:
             self._gain[rows.start : rows.stop, :, 0, 0] = [scaling.gain for scaling in scalings]
 
     def __len__(self) -> int:
-        return len(self._slices)
+        return len(self._foreground)
 
     def rows_of(self, subject: str) -> np.ndarray:
         """The rows of one subject, int64, from its lowest kept slice upwards. Raises KeyError if it is not here."""
@@ -62,19 +67,28 @@ class SliceCache:
         """The subject's own scaling of a contrast. Raises KeyError if either is not here."""
         return self._scaling[subject][contrast]
 
+    @staticmethod
+    def units(contrast: str) -> str:
+        """The unit of a contrast's intensities: "HU" for CT and CBCT, else "arbitrary"."""
+        return "HU" if contrast in HU_CONTRASTS else "arbitrary"
+
     def median_p995(self, contrast: str) -> float:
-        """Median over the subjects of the contrast's 99.5 percentile in the foreground (the scaling's upper end)."""
+        """Median over the subjects of the scaling's upper end: the 99.5 percentile, or the window's end in HU."""
         return float(np.median([self._scaling[subject][contrast].hi for subject in self.subjects]))
 
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows (B,) int64 -> ``sources`` (B, Cs, S, S) and ``target`` (B, 1, S, S), both float32, scaled by each
-        scan's own percentiles and clipped to [-1, 1], and ``foreground`` (B, 1, S, S) bool."""
+        """Rows (B,) int64 -> ``sources`` (B, Cs*(2k+1), S, S), ordered as by ``stack_context``, and ``target``
+        (B, 1, S, S), both float32, scaled by each scan's own scaling and clipped to [-1, 1], and
+        ``foreground`` (B, 1, S, S) bool."""
         rows = np.asarray(rows, np.int64)
-        scaled = (self._slices[rows] - self._lo[rows]) * self._gain[rows] - np.float32(1)
-        np.clip(scaled, -1, 1, out=scaled)
+        at, size = self._context[rows], self.image_size  # (B, 2k+1)
+        channels = np.arange(len(self.contrasts) - 1)[:, None]
+        sources = self._slices[at[:, None], channels]  # (B, Cs, 2k+1, S, S)
+        target = self._slices[at[:, at.shape[1] // 2], -1:]  # (B, 1, S, S)
+        lo, gain = self._lo[rows], self._gain[rows]
         return {
-            "sources": np.ascontiguousarray(scaled[:, :-1]),
-            "target": np.ascontiguousarray(scaled[:, -1:]),
+            "sources": _scaled(sources, lo[:, :-1, None], gain[:, :-1, None]).reshape(len(rows), -1, size, size),
+            "target": _scaled(target, lo[:, -1:], gain[:, -1:]),
             "foreground": self._foreground[rows][:, None] > 0,
         }
 
@@ -91,14 +105,15 @@ class SliceCache:
         folder, subjects = Path(folder), list(subjects)
         contrasts = [*data_config.sources, data_config.target]
         index = {"version": VERSION, "settings": _settings(data_config), "contrasts": contrasts, "subjects": []}
-        rows = 0
-        with _new_files(folder) as (slices, foreground, index_file):
+        rows = stored = 0
+        with _new_files(folder) as (slices, foreground, context, index_file):
             for done, subject in enumerate(subjects, 1):
-                entry, images, inside = _prepare(cohort, subject, contrasts, data_config)
+                entry, images, inside, near = _prepare(cohort, subject, contrasts, data_config)
                 slices.write(images.tobytes())
                 foreground.write(inside.tobytes())
-                entry["rows"] = [rows, rows + len(images)]
-                rows += len(images)
+                context.write((stored + near).astype("<i4").tobytes())
+                entry["rows"] = [rows, rows + len(inside)]
+                rows, stored = rows + len(inside), stored + len(images)
                 index["subjects"].append(entry)
                 if progress:
                     progress(done, len(subjects), subject)
@@ -108,6 +123,7 @@ class SliceCache:
                     f"no slice of {len(subjects)} subjects has a foreground share of {data_config.min_foreground:g}",
                     "lower data.min_foreground", file=cohort.root,
                 )  # fmt: skip
+            index["stored"] = stored
             index_file.write(json.dumps(index, indent=1).encode())
         return cls(folder, index)
 
@@ -141,33 +157,56 @@ class SliceCache:
 
 
 def _prepare(cohort: Cohort, subject_id: str, contrasts: list[str], data_config: DataConfig):
-    """The index entry of a subject, its kept slices (n, contrasts, S, S) float32 and foreground (n, S, S) uint8."""
+    """The index entry of a subject, its stored slices (m, contrasts, S, S) float32, the kept ones' foreground
+    (n, S, S) uint8, and where among the stored a kept one and its neighbours are (n, 2k+1)."""
     files = cohort.files[subject_id]
     used = [*contrasts, "mask"] if "mask" in files else contrasts
     first = data_config.sources[0]
     # Taken before reading: a file that changes in between is then seen as changed at the next opening.
     facts = {name: _file_facts(files[name], subject_id, name) for name in used if name in files}
     subject = load_subject(cohort, subject_id, contrasts, foreground_from=first, with_seg=False)
-    plane = InPlane(subject.foreground.shape[:2], data_config.image_size, data_config.crop)
+    plane = InPlane.of(subject.foreground.shape, data_config)
     inside = plane.to_grid(subject.foreground, 0) >= 0.5
-    kept = inside.mean(axis=(1, 2)) >= data_config.min_foreground
-    images = np.empty((int(kept.sum()), len(contrasts), *inside.shape[1:]), "<f4")
+    kept = np.flatnonzero(inside.mean(axis=(1, 2)) >= data_config.min_foreground)
+    around = neighbours(len(inside), data_config.context_slices)[kept]
+    stored, near = np.unique(around, return_inverse=True)
+    images = np.empty((len(stored), len(contrasts), *inside.shape[1:]), "<f4")
     scaling = {}
     for channel, name in enumerate(contrasts):
         image = subject.images[name]
         try:
-            fitted = fit_scaling(image, subject.foreground)
+            fitted = scaling_for(name, image, subject.foreground, data_config.hu_window)
         except PhmdiffError as problem:
             raise problem.located(subject=subject_id, contrast=name, file=files[name]) from None
         scaling[name] = [fitted.lo, fitted.hi]
-        images[:, channel] = plane.to_grid(image[:, :, kept], float(image.min()))
-    return {"id": subject_id, "scaling": scaling, "files": facts}, images, inside[kept].astype(np.uint8)
+        # The whole volume, as at synthesis: the same product gives the same bits.
+        images[:, channel] = plane.to_grid(image, fill_for(name, image, data_config.hu_window))[stored]
+    entry = {"id": subject_id, "scaling": scaling, "files": facts}
+    return entry, images, inside[kept].astype(np.uint8), near.reshape(around.shape)
+
+
+def _scaled(images: np.ndarray, lo: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    """Intensities -> [-1, 1], in place; as ``Scaling.forward``."""
+    images -= lo
+    images *= gain
+    images -= np.float32(1)
+    return np.clip(images, -1, 1, out=images)
+
+
+def _shapes(index: dict) -> dict[str, tuple[int, ...]]:
+    """What the files of a cache hold: file name -> shape."""
+    size, rows = index["settings"]["image_size"], index["subjects"][-1]["rows"][1]
+    return {
+        SLICES: (index["stored"], len(index["contrasts"]), size, size),
+        FOREGROUND: (rows, size, size),
+        CONTEXT: (rows, 2 * index["settings"]["context_slices"] + 1),
+    }
 
 
 @contextmanager
 def _new_files(folder: Path):
-    """Three files that replace those of the cache when the block ends well, and vanish when it does not."""
-    temporary = {folder / f"{name}.tmp": folder / name for name in (SLICES, FOREGROUND, INDEX)}
+    """Four files that replace those of the cache when the block ends well, and vanish when it does not."""
+    temporary = {folder / f"{name}.tmp": folder / name for name in (SLICES, FOREGROUND, CONTEXT, INDEX)}
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -244,10 +283,9 @@ def _stale(index: dict, folder: Path, cohort: Cohort, subjects: list[str], data_
         for name, facts in entry["files"].items():
             if name not in files or _file_changed(files[name], facts):
                 return f"{entry['id']}/{name}: the source file changed"
-    area = data_config.image_size**2 * index["subjects"][-1]["rows"][1]
-    for name, expected in ((SLICES, area * 4 * len(index["contrasts"])), (FOREGROUND, area)):
+    for name, shape in _shapes(index).items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != expected:
+        if not path.is_file() or path.stat().st_size != math.prod(shape) * (1 if name == FOREGROUND else 4):
             return f"{name} is missing or has another size"
     return None
 

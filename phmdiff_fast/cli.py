@@ -16,6 +16,8 @@ DATA = click.argument("data", metavar="DATA", type=click.Path(path_type=Path))
 RUN = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                       help="Where to compute.")  # fmt: skip
+STEPS = click.option("--steps", type=int, help="Sampling steps; 1 is the direct estimate.  [default: the run's]")
+SAMPLER = click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), help="How to step.  [default: the run's]")
 QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 
@@ -35,15 +37,22 @@ def cli(debug: bool) -> None:
 @click.option("--source", "sources", multiple=True, help="A contrast that has to be there (repeat for several).")
 @click.option("--target", help="The contrast to synthesize; has to be there too.")
 @click.option("--split", type=click.Path(path_type=Path), help="Look only at the people of this split file.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a page that shows a slice of every scan.")
+@OVERWRITE
 @QUIET
-def check(data, sources, target, split, quiet) -> None:
+def check(data, sources, target, split, html, overwrite, quiet) -> None:
     """List every problem of a cohort before anything is trained.
 
-    DATA is a folder in BraTS 2021 or 2023/24 layout, or a CSV list (subject,contrast,path). Without
-    --source and --target a contrast that only some people have is a note, not a problem.
+    DATA is a folder in BraTS 2021, BraTS 2023/24 or SynthRAD layout, or a CSV list
+    (subject,contrast,path). Without --source and --target a contrast that only some people have is a
+    note, not a problem.
     """
-    from .data import check_cohort, discover, read_split
+    from .check import check_cohort
+    from .data import discover, read_split
+    from .files import refuse_existing
 
+    if html is not None:
+        refuse_existing(html, overwrite)
     cohort = discover(data)
     subjects = list(cohort.files)
     if split is not None:
@@ -51,10 +60,16 @@ def check(data, sources, target, split, quiet) -> None:
         subjects = [s for part in chosen.values() for s in part]
     wanted = [*_names(sources), *_names([target] if target else [])]
     with bar(len(subjects), "checking", not quiet) as meter:
-        report = check_cohort(cohort, contrasts=wanted or None, subjects=subjects, progress=lambda *_: meter.update())
+        report = check_cohort(cohort, contrasts=wanted or None, subjects=subjects, views=html is not None,
+                              progress=lambda *_: meter.update())  # fmt: skip
     click.echo(report.table())
     for note in report.notes:
         click.echo(f"note: {note}")
+    if html is not None:
+        from .check_page import write_check_page
+
+        page = write_check_page(html, cohort_root=data, layout=cohort.layout, report=report, overwrite=overwrite)
+        click.echo(f"open {page.resolve()}")
     if report.problems:
         raise DataErrors(report.problems)
     click.echo(f"{len(subjects)} people in {cohort.layout} layout, no problem found")
@@ -69,24 +84,36 @@ def check(data, sources, target, split, quiet) -> None:
 @click.option("--minutes", type=float, help="Wall-clock budget of the training.")
 @click.option("--steps", type=int, help="Optimizer steps, instead of --minutes.")
 @click.option("--image-size", type=int, help="In-plane size after crop or pad and area resampling.  [default: 64]")
+@click.option("--axis", type=click.Choice(["axial", "coronal", "sagittal"]), help="Which slices.  [default: axial]")
+@click.option("--context-slices", type=int, help="Neighbouring source slices shown on each side.  [default: 0]")
+@click.option("--hu-window", type=float, nargs=2, metavar="LOW HIGH", help="HU of CT kept.  [default: -1024 3000]")
 @click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file with settings.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.lr=5e-4 (repeat).")
-@click.option("--split", type=click.Path(path_type=Path), help='JSON {"train": [ids], "val": [ids], "test": [ids]}.')
+@click.option(
+    "--split",
+    type=click.Path(path_type=Path),
+    help='JSON {"train": [ids], "val": [ids], "test": [ids]}, or CSV subject,part.',
+)
+@click.option("--fold", metavar="I/K", help="Test on fold I of K (1/5 ... 5/5); every subject is in one fold's test.")
 @click.option("--skip-incomplete", is_flag=True, help="Leave people without every contrast asked for out.")
 @click.option("--seed", type=int, help="Seed of weights, noise, masks, order and split.  [default: 0]")
 @DEVICE
 @QUIET
-def train(data, sources, target, out, preset, minutes, steps, image_size, config_file, settings, split,
-          skip_incomplete, seed, device, quiet) -> None:  # fmt: skip
+def train(data, sources, target, out, preset, minutes, steps, image_size, axis, context_slices, hu_window,
+          config_file, settings, split, fold, skip_incomplete, seed, device, quiet) -> None:  # fmt: skip
     """Train a model on a cohort: masked pre-training, then unmasked fine-tuning.
 
     Settings are taken from the preset, then --config, then the options, then --set; later ones win.
     """
     from .config import build_config, load_toml, parse_set
 
+    if split is not None and fold is not None:
+        raise PhmdiffError("USAGE", "--split and --fold are two ways to say the same", "give one", exit_code=USAGE)
     flags: dict = {"data": {}, "train": {}}
     given = [("data", "sources", _names(sources) or None), ("data", "target", target),
-             ("data", "image_size", image_size), ("data", "skip_incomplete", skip_incomplete or None),
+             ("data", "image_size", image_size), ("data", "axis", axis), ("data", "context_slices", context_slices),
+             ("data", "hu_window", list(hu_window) if hu_window else None),
+             ("data", "skip_incomplete", skip_incomplete or None),
              ("train", "minutes", minutes), ("train", "steps", steps), ("train", "seed", seed),
              ("train", "device", device if device != "auto" else None)]  # fmt: skip
     for table, key, value in given:
@@ -109,30 +136,31 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, config
 
     from .train import train as run_training
 
-    run_training(data, out, config, split_file=split, progress=not quiet)
+    run_training(data, out, config, split_file=split, fold=_fold(fold), progress=not quiet)
 
 
 @cli.command()
 @RUN
 @click.argument("inputs", metavar="INPUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the volumes.")
-@click.option("--steps", type=int, help="Sampling steps: 1 is the direct estimate, more is DDIM.  [default: 1]")
-@click.option("--seed", type=int, help="Seed of the noise.  [default: 0]")
-@click.option("--batch-size", type=int, help="Slices at a time.  [default: 32]")
+@STEPS
+@SAMPLER
+@click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
+@click.option("--batch-size", type=int, help="Slices at a time.  [default: the run's]")
 @OVERWRITE
 @DEVICE
 @QUIET
-def sample(run, inputs, out, steps, seed, batch_size, overwrite, device, quiet) -> None:
+def sample(run, inputs, out, steps, sampler, seed, batch_size, overwrite, device, quiet) -> None:
     """Synthesize the missing contrast of each INPUT with a trained RUN.
 
-    INPUT is a NIfTI file (runs with one source), a subject's folder, or a whole cohort. Each volume is
+    INPUT is a scan (runs with one source), a subject's folder, or a whole cohort. Each volume is
     written on its input's grid as <subject>_<contrast>_syn.nii.gz, with a JSON sidecar.
     """
     from .generate import load
     from .generate import sample as synthesize_all
 
-    settings = _sample_settings(steps=steps, seed=seed, batch_size=batch_size)
     opened = load(run, device=device, warn=_warn)
+    settings = _sample_settings(opened, steps=steps, sampler=sampler, seed=seed, batch_size=batch_size)
     with bar(len(inputs), "synthesizing", not quiet) as meter:
 
         def count(subject: str, done: int, total: int) -> None:
@@ -151,12 +179,13 @@ def sample(run, inputs, out, steps, seed, batch_size, overwrite, device, quiet) 
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table and each person's figures.")
 @click.option("--on", "part", type=click.Choice(["test", "val", "train"]), default="test", show_default=True,
               help="Which people of the run's split.")  # fmt: skip
-@click.option("--steps", type=int, help="Sampling steps.  [default: 1]")
-@click.option("--seed", type=int, help="Seed of the noise.  [default: 0]")
+@STEPS
+@SAMPLER
+@click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
 @OVERWRITE
 @DEVICE
 @QUIET
-def evaluate(run, data, protocols, baselines, json_file, part, steps, seed, overwrite, device, quiet) -> None:
+def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, seed, overwrite, device, quiet) -> None:
     """Score a RUN on people it has not seen, at the run's image size; mean and deviation over people."""
     from .evaluate import evaluate as score
     from .evaluate import write_table
@@ -164,10 +193,10 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, seed, over
     from .generate import load
     from .report import format_table
 
-    settings = _sample_settings(steps=steps, seed=seed)
     if json_file is not None:
         refuse_existing(json_file, overwrite)  # before the long work, not after it
     opened = load(run, device=device, warn=_warn)
+    settings = _sample_settings(opened, steps=steps, sampler=sampler, seed=seed)
     with share_bar("training the U-Net baseline", baselines and not quiet) as meter:
         result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
                        baselines=baselines, progress=meter.at)  # fmt: skip
@@ -218,10 +247,22 @@ def _warn(line: str) -> None:
     say(f"{line} An older checkpoint is used.")
 
 
-def _sample_settings(**given):
+def _sample_settings(run, **given):
+    """The run's own sampling settings, with what was given laid over them."""
     from .config import build_config
 
-    return build_config("xs", {"sample": {key: value for key, value in given.items() if value is not None}}).sample
+    asked = {key: value for key, value in given.items() if value is not None}
+    return build_config("xs", {"sample": {**run.config.sample.model_dump(), **asked}}).sample
+
+
+def _fold(text: str | None) -> tuple[int, int] | None:
+    """ "2/5" -> (2, 5)."""
+    if text is None:
+        return None
+    fold, slash, folds = text.partition("/")
+    if not (slash and fold.isdecimal() and folds.isdecimal()):
+        raise PhmdiffError("USAGE", f"--fold {text!r} is not I/K", "write it like 1/5", exit_code=USAGE)
+    return int(fold), int(folds)
 
 
 def _fail(lines: list[str], code: int) -> None:

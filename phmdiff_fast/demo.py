@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from . import __version__, pictures
+from .check import check_cohort
 from .config import build_config
-from .data import check_cohort, discover
+from .data import discover
 from .errors import USAGE, DataErrors, PhmdiffError
 from .evaluate import Evaluation, evaluate, write_table
 from .generate import load, sample

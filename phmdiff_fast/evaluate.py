@@ -17,7 +17,7 @@ from .config import SampleConfig
 from .data import Cohort, discover, load_subject, select_subjects
 from .errors import DATA, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
-from .generate import Run, foreground_slices, in_plane, predict, scaled_slices
+from .generate import Run, foreground_slices, in_plane, predict, scaled_slices, source_slices
 from .progress import say
 
 METHODS = ("ours", "lookup", "unet_l1")
@@ -45,13 +45,12 @@ class Evaluation:
 
 
 def load_case(run: Run, cohort: Cohort, subject_id: str) -> Case:
-    """Read one person; sources and target each scaled by their own percentiles, as in training."""
+    """Read one person; every contrast scaled as in training: MR by its own percentiles, CT by the HU window."""
     contrasts = [*run.sources, run.target]
     subject = load_subject(cohort, subject_id, contrasts, foreground_from=run.sources[0], with_seg=False)
     plane = in_plane(run, subject)
-    scaled = {c: scaled_slices(subject.images[c], subject.foreground, plane) for c in contrasts}
-    sources = np.stack([scaled[c] for c in run.sources], 1)
-    return Case(subject_id, sources, scaled[run.target], foreground_slices(subject.foreground, plane))
+    target = scaled_slices(run, subject, run.target, plane)
+    return Case(subject_id, source_slices(run, subject, plane), target, foreground_slices(subject.foreground, plane))
 
 
 def people(run: Run, cohort: Cohort, part: str) -> list[str]:
@@ -80,10 +79,18 @@ def predictors(run: Run, cohort: Cohort, settings: SampleConfig, baselines: bool
     table = LookupTable.fit(cache, rows)
     seconds = float(run.found.manifest["seconds"])
     unet, steps = train_unet(cache, rows, run.config.train, seconds, run.device, run.dtype,
-                             channels=len(run.sources), progress=progress)  # fmt: skip
+                             data=run.config.data, progress=progress)  # fmt: skip
     out["lookup"] = table.predict
     out["unet_l1"] = lambda sources: unet_predict(unet, sources, run.device, run.dtype)
     return out, steps
+
+
+def in_units(run: Run, scores: dict[str, float]) -> dict[str, float]:
+    """A CT's mean absolute error in HU (``mae_hu``) instead of normalised units (``mae``)."""
+    if run.units != "HU":
+        return scores
+    low, high = run.config.data.hu_window
+    return {("mae_hu" if k == "mae" else k): v * (high - low) / 2 if k == "mae" else v for k, v in scores.items()}
 
 
 def evaluate(
@@ -120,7 +127,8 @@ def evaluate(
             if keep_images:
                 made[method][case.subject] = image
             for name in protocols:
-                values[method][name][case.subject] = metrics.PROTOCOLS[name](image, case.target, case.foreground)
+                scores = metrics.PROTOCOLS[name](image, case.target, case.foreground)
+                values[method][name][case.subject] = in_units(run, scores)
     rows = [
         {"method": method, "protocol": protocol, "metric": metric, **figures}
         for method in functions

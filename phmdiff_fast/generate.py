@@ -11,14 +11,15 @@ import numpy as np
 import torch
 
 from . import __version__, checkpoint
-from .config import Config, SampleConfig, load_toml
-from .data import Cohort, Subject, discover, load_subject
+from .config import Config, SampleConfig, build_config, load_toml
+from .data import Cohort, Subject, discover, load_subject, subject_of
 from .device import autocast, pick_device, pick_precision
 from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
-from .grid import InPlane, fit_scaling
-from .layouts import FILE_NAME, SUFFIXES
-from .nifti import write_volume
+from .grid import SLICE_AXIS, InPlane, Scaling, fill_for, scaling_for, stack_context
+from .layouts import subject_and_contrast
+from .mha import read_scan
+from .nifti import image_volume, to_image, write_volume
 from .phmdiff import PHMDiff
 from .progress import say
 
@@ -45,6 +46,26 @@ class Run:
     def target(self) -> str:
         return self.config.data.target
 
+    @property
+    def units(self) -> str:
+        """ "HU" or "arbitrary", of a synthesized volume."""
+        return self.facts.get("units", "arbitrary")
+
+    def translate(self, images: dict, *, progress=None, **settings):
+        """Synthesize the target of one subject: ``run.translate({"t1": "p1_t1.nii.gz"})``.
+
+        images : contrast -> path of a scan, or a nibabel image; every source of the run, and ``"mask"`` if
+            there is one
+        settings : ``steps``, ``sampler``, ``seed``, ``batch_size``, laid over the run's own
+        Returns a nibabel Nifti1Image, float32, on the grid and affine of the first source: HU for CT, else
+        arbitrary units. ``progress(slices)`` is called after each batch. Raises PhmdiffError (2 a contrast
+        that is not a source or a bad setting, 3 data).
+        """
+        asked = _settings_over(self.config.sample, settings)
+        subject = _subject_of(self, images)
+        volume = synthesize(self, subject, asked, progress=progress)
+        return to_image(volume, subject.grid)
+
 
 def load(folder, *, device: str = "auto", warn=None) -> Run:
     """Open a run folder with its newest valid checkpoint.
@@ -63,17 +84,24 @@ def load(folder, *, device: str = "auto", warn=None) -> Run:
         raise PhmdiffError("NO_CHECKPOINT", "holds no valid checkpoint", "train it first",
                            exit_code=CHECKPOINT, file=folder)  # fmt: skip
     where = pick_device(device)
-    model = PHMDiff(config.model, len(config.data.sources), 1, facts["complexity"])
+    model = PHMDiff(config.model, config.data.source_channels, 1, facts["complexity"])
     model.load_state_dict(found.tensors("ema"), strict=True)
     return Run(
         folder, config, model.to(where).eval(), facts, found, where, pick_precision(config.train.precision, where)
     )
 
 
-def scaled_slices(volume: np.ndarray, foreground: np.ndarray, plane: InPlane) -> np.ndarray:
-    """A volume (X, Y, Z) on the network's grid, scaled by its own percentiles: (Z, S, S) in [-1, 1]."""
-    scaling = fit_scaling(volume, foreground)
-    return scaling.forward(plane.to_grid(volume, float(volume.min())))
+def scaled_slices(run: Run, subject: Subject, contrast: str, plane: InPlane) -> np.ndarray:
+    """A contrast on the network's grid, (Z, S, S) in [-1, 1]: by its own percentiles, CT by the HU window."""
+    volume, window = subject.images[contrast], run.config.data.hu_window
+    scaling = scaling_for(contrast, volume, subject.foreground, window)
+    return scaling.forward(plane.to_grid(volume, fill_for(contrast, volume, window)))
+
+
+def source_slices(run: Run, subject: Subject, plane: InPlane) -> np.ndarray:
+    """The network's view of all sources: (Z, Cs, S, S) in [-1, 1], neighbouring slices as channels."""
+    sources = np.stack([scaled_slices(run, subject, c, plane) for c in run.sources], 1)
+    return stack_context(sources, run.config.data.context_slices)
 
 
 def foreground_slices(foreground: np.ndarray, plane: InPlane) -> np.ndarray:
@@ -82,7 +110,7 @@ def foreground_slices(foreground: np.ndarray, plane: InPlane) -> np.ndarray:
 
 
 def in_plane(run: Run, subject: Subject) -> InPlane:
-    return InPlane(subject.foreground.shape[:2], run.config.data.image_size, run.config.data.crop)
+    return InPlane.of(subject.foreground.shape, run.config.data)
 
 
 def predict(run: Run, sources: np.ndarray, settings: SampleConfig, *, first: int = 0, progress=None) -> np.ndarray:
@@ -99,7 +127,7 @@ def predict(run: Run, sources: np.ndarray, settings: SampleConfig, *, first: int
         part = torch.from_numpy(np.ascontiguousarray(sources[start : start + settings.batch_size])).to(run.device)
         ids = torch.arange(first + start, first + start + len(part), device=run.device)
         with autocast(run.device, run.dtype):
-            image = run.model.translate(part, ids, steps=settings.steps, seed=settings.seed)[0]
+            image = run.model.translate(part, ids, settings)[0]
         made.append(image[:, 0].float().cpu().numpy())
         if progress is not None:
             progress(len(part))
@@ -107,28 +135,50 @@ def predict(run: Run, sources: np.ndarray, settings: SampleConfig, *, first: int
 
 
 def synthesize(run: Run, subject: Subject, settings: SampleConfig, *, progress=None) -> np.ndarray:
-    """The missing contrast of a subject on its own RAS grid, (X, Y, Z) float32, arbitrary units.
+    """The missing contrast of a subject on its own RAS grid, (X, Y, Z) float32.
 
-    The background is 0; inside, the normalised value in [0, 1] times the training set's median 99.5
-    percentile. Slices without foreground are not computed.
+    MR: arbitrary units, the normalised value in [0, 1] times the training set's median 99.5 percentile;
+    0 outside the foreground. CT: HU; the window's low end where no slice was computed and, if the
+    subject has a mask, outside it. Slices without foreground are not computed.
     """
     plane = in_plane(run, subject)
-    sources = np.stack([scaled_slices(subject.images[c], subject.foreground, plane) for c in run.sources], 1)
-    used = np.flatnonzero(subject.foreground.any((0, 1)))
+    sources = source_slices(run, subject, plane)
+    across = tuple(axis for axis in range(3) if axis != SLICE_AXIS[run.config.data.axis])
+    used = np.flatnonzero(subject.foreground.any(across))
     slices = np.full((len(sources), *sources.shape[2:]), -1, np.float32)
     if len(used):
         low, high = used[0], used[-1] + 1
         slices[low:high] = predict(run, sources[low:high], settings, first=int(low), progress=progress)
-    volume = plane.from_grid(slices, -1.0)
+    return in_own_units(run, plane.from_grid(slices, -1.0), subject)
+
+
+def in_own_units(run: Run, volume: np.ndarray, subject: Subject) -> np.ndarray:
+    """A normalised volume (X, Y, Z) in [-1, 1] as HU, or as arbitrary units inside the foreground."""
+    if run.units == "HU":
+        window = Scaling(*run.config.data.hu_window)
+        hu = window.inverse(volume.clip(-1, 1))
+        return np.where(subject.foreground, hu, np.float32(window.lo)) if subject.masked else hu
     unit = np.where(subject.foreground, (volume + 1) / 2, 0)
     return (unit.clip(0, 1) * run.facts["median_p995"]).astype(np.float32)
 
 
-def subject_and_contrast(path: Path) -> tuple[str, str | None]:
-    """``p1_t1.nii.gz`` -> ("p1", "t1"); a name that tells no contrast -> (its stem, None)."""
-    match = FILE_NAME.fullmatch(path.name)
-    contrast = SUFFIXES[match["separator"]][1].get(match["word"]) if match else None
-    return (match["id"] if contrast else path.name.removesuffix(".gz").removesuffix(".nii")), contrast
+def _settings_over(own: SampleConfig, over: dict) -> SampleConfig:
+    return build_config("xs", {"sample": {**own.model_dump(), **over}}).sample
+
+
+def _subject_of(run: Run, images: dict) -> Subject:
+    unknown = [name for name in images if name not in (*run.sources, "mask")]
+    missing = [name for name in run.sources if name not in images]
+    if unknown or missing:
+        what = f"got {', '.join(map(repr, images)) or 'nothing'}; this run needs {', '.join(map(repr, run.sources))}"
+        raise PhmdiffError("WRONG_CONTRAST", what, "give each source once", exit_code=USAGE)
+    volumes = {
+        name: image_volume(image, name)
+        if hasattr(image, "dataobj")
+        else read_scan(image, allow_constant=name == "mask")
+        for name, image in images.items()
+    }
+    return subject_of(Path(volumes[run.sources[0]].path).name, volumes, foreground_from=run.sources[0])
 
 
 def _inputs(run: Run, inputs: list[Path]) -> Cohort:
@@ -182,14 +232,15 @@ def sample(run: Run, inputs, out, settings: SampleConfig, *, overwrite: bool = F
                                allow_constant=True)  # fmt: skip
         empty = [c for c in run.sources if subject.images[c].min() == subject.images[c].max()]
         if empty:
-            say(f"{subject_id}/{empty[0]} holds one value only: the synthesized volume is 0 everywhere")
-            volume = np.zeros(subject.foreground.shape, np.float32)
+            air = run.config.data.hu_window[0] if run.units == "HU" else 0.0
+            say(f"{subject_id}/{empty[0]} holds one value only: the synthesized volume is {air:g} everywhere")
+            volume = np.full(subject.foreground.shape, air, np.float32)
         else:
             volume = synthesize(run, subject, settings)
         out.mkdir(parents=True, exist_ok=True)
         write_volume(path, volume, subject.grid, overwrite=overwrite)
         sidecar = {
-            "subject": subject_id, "target": run.target, "sources": run.sources, "units": "arbitrary",
+            "subject": subject_id, "target": run.target, "sources": run.sources, "units": run.units,
             "note": RESEARCH_ONLY, "checkpoint_sha256": digest, "checkpoint_step": run.found.step,
             "seed": settings.seed, "steps": settings.steps, "sampler": settings.sampler,
             "image_size": run.config.data.image_size, "phmdiff_fast": __version__,

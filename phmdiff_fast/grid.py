@@ -10,18 +10,23 @@ from functools import lru_cache
 
 import numpy as np
 
+from .config import DataConfig
 from .errors import PhmdiffError
 
 LOW, HIGH = 0.5, 99.5  # percentiles inside the foreground that become -1 and 1
+HU_CONTRASTS = ("ct", "cbct")  # values with a physical unit: scaled by a fixed window
+BODY_HU = -500.0  # what is above is body, what is below is air (or lung)
+SLICE_AXIS = {"axial": 2, "coronal": 1, "sagittal": 0}  # DataConfig.axis -> RAS axis the slices follow each other on
 
 
-def foreground_mask(voxels: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """The foreground (X, Y, Z) bool of an MR volume (X, Y, Z), by the first rule that applies.
+def foreground_mask(voxels: np.ndarray, mask: np.ndarray | None = None, *, hu: bool = False) -> np.ndarray:
+    """The foreground (X, Y, Z) bool of a volume (X, Y, Z) in RAS, by the first rule that applies.
 
-    1. ``mask`` > 0 where one is given; 2. above the minimum, where at least 20 % of the voxels equal
-    the minimum (skull-stripped scans); 3. above Otsu's threshold, largest component, holes filled.
-    A constant volume has no foreground. Raises PhmdiffError NO_FOREGROUND for an empty ``mask`` and
-    ValueError for one of another shape.
+    1. ``mask`` > 0 where one is given; 2. with ``hu``: above -500 HU, largest component (the table falls
+    away), holes of every axial slice filled (lungs, sinuses); 3. above the minimum, where at least 20 %
+    of the voxels equal the minimum (skull-stripped scans); 4. above Otsu's threshold, largest component,
+    holes filled. A constant volume has no foreground, nor a CT of air. Raises PhmdiffError
+    NO_FOREGROUND for an empty ``mask`` and ValueError for one of another shape.
     """
     if mask is not None:
         if mask.shape != voxels.shape:
@@ -30,6 +35,12 @@ def foreground_mask(voxels: np.ndarray, mask: np.ndarray | None = None) -> np.nd
         if not given.any():
             raise PhmdiffError("NO_FOREGROUND", "the mask has no voxel above 0", "correct or remove the mask")
         return given
+    if hu:
+        body = voxels > BODY_HU
+        if not body.any() or voxels.min() == voxels.max():
+            return np.zeros(voxels.shape, bool)
+        # Slice by slice: lungs that the scan cuts off, or that the airways open to the outside, are holes there.
+        return _fill_holes(_largest_component(body), axial=True)
     above = voxels > voxels.min()
     if above.mean() <= 0.8:
         return above
@@ -56,13 +67,19 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
     return labels == np.argmax(sizes)
 
 
-def _fill_holes(mask: np.ndarray) -> np.ndarray:
-    """Holes are background that does not reach the border; one labelling, where scipy's own loop takes seconds."""
+def _fill_holes(mask: np.ndarray, axial: bool = False) -> np.ndarray:
+    """Holes are background that does not reach the border, of the volume or (``axial``) of its slice [:, :, z].
+
+    One labelling, where scipy's own loop takes seconds.
+    """
     from scipy import ndimage
 
-    labels, count = ndimage.label(~mask)
+    touching = ndimage.generate_binary_structure(3, 1)
+    if axial:
+        touching[:, :, [0, 2]] = False
+    labels, count = ndimage.label(~mask, touching)
     outside = np.zeros(count + 1, bool)
-    for axis in range(mask.ndim):
+    for axis in range(2 if axial else 3):
         outside[labels.take([0, -1], axis=axis).ravel()] = True
     return mask | ~outside[labels]
 
@@ -104,9 +121,44 @@ def fit_scaling(voxels: np.ndarray, foreground: np.ndarray) -> Scaling:
     return Scaling(float(lo), float(hi))
 
 
+def scaling_for(contrast: str, voxels: np.ndarray, foreground: np.ndarray, hu_window: tuple[float, float]) -> Scaling:
+    """``hu_window`` (lo, hi in HU) for CT and CBCT, else what ``fit_scaling`` gives or raises."""
+    return Scaling(*map(float, hu_window)) if contrast in HU_CONTRASTS else fit_scaling(voxels, foreground)
+
+
+def fill_for(contrast: str, voxels: np.ndarray, hu_window: tuple[float, float]) -> float:
+    """The value outside the scan: the window's low end for CT and CBCT, else the scan's minimum."""
+    return float(hu_window[0]) if contrast in HU_CONTRASTS else float(voxels.min())
+
+
+def neighbours(count: int, k: int) -> np.ndarray:
+    """(count, 2k+1) int64: the slices z-k .. z+k of each slice z; beyond an end of the volume its last slice again."""
+    return np.clip(np.arange(count)[:, None] + np.arange(-k, k + 1), 0, max(count - 1, 0))
+
+
+def stack_context(slices: np.ndarray, k: int) -> np.ndarray:
+    """(Z, Cs, S, S) -> (Z, Cs*(2k+1), S, S): every slice with its k neighbours on each side.
+
+    Source-major: the first source's slices z-k .. z+k, then the second source's.
+    """
+    count, sources, *sides = slices.shape
+    stacked = slices[neighbours(count, k)].swapaxes(1, 2)  # (Z, Cs, 2k+1, S, S)
+    return np.ascontiguousarray(stacked).reshape(count, sources * (2 * k + 1), *sides)
+
+
+def thumbnail(plane: np.ndarray, side: int) -> np.ndarray:
+    """(H, W) -> float32, averaged by area until the longer side is at most ``side``; a small plane stays as it is."""
+    shrink = min(1.0, side / max(plane.shape))
+    rows, columns = (area_matrix(n, max(1, round(n * shrink))) for n in plane.shape)
+    return rows @ plane.astype(np.float32) @ columns.T
+
+
 @dataclass(frozen=True)
 class InPlane:
-    """Axial slices (X, Y) of a volume <-> square network images (image_size, image_size).
+    """Slices of a volume along the RAS ``axis`` <-> square network images (image_size, image_size).
+
+    ``shape`` is the two in-plane sizes in voxels: rows along the first axis that is left, columns along
+    the second (axis 2: X, Y; 1: X, Z; 0: Y, Z).
 
     A square canvas is cut or padded about the centre, ``crop`` (or the longer in-plane side) voxels
     wide but at least ``image_size``: small scans are padded, never upsampled. Then the canvas is
@@ -116,6 +168,14 @@ class InPlane:
     shape: tuple[int, int]
     image_size: int
     crop: int | None = None
+    axis: int = 2
+
+    @classmethod
+    def of(cls, volume_shape: tuple[int, int, int], data_config: DataConfig) -> InPlane:
+        """The geometry that the settings ask for on a volume of this shape (X, Y, Z)."""
+        axis = SLICE_AXIS[data_config.axis]
+        shape = tuple(int(size) for at, size in enumerate(volume_shape) if at != axis)
+        return cls(shape, data_config.image_size, data_config.crop, axis)
 
     @property
     def canvas(self) -> int:
@@ -123,17 +183,18 @@ class InPlane:
         return max(self.crop or max(self.shape), self.image_size)
 
     def to_grid(self, volume: np.ndarray, fill: float) -> np.ndarray:
-        """(X, Y, Z) -> (Z, S, S) float32, rows along X; ``fill`` is the value where the canvas leaves the scan."""
-        self._check(volume.shape[:2], self.shape)
-        slices = np.full((volume.shape[2], self.canvas, self.canvas), fill, np.float32)
-        (x_out, x_in), (y_out, y_in) = (self._overlap(n) for n in self.shape)
-        slices[:, x_out, y_out] = volume[x_in, y_in].transpose(2, 0, 1)
+        """(X, Y, Z) -> (n, S, S) float32, n slices; ``fill`` is the value where the canvas leaves the scan."""
+        planes = np.moveaxis(volume, self.axis, 0)
+        self._check(planes.shape[1:], self.shape)
+        slices = np.full((len(planes), self.canvas, self.canvas), fill, np.float32)
+        (row_out, row_in), (column_out, column_in) = (self._overlap(n) for n in self.shape)
+        slices[:, row_out, column_out] = planes[:, row_in, column_in]
         if self.canvas == self.image_size:
             return slices
         return _resample(slices, area_matrix(self.canvas, self.image_size))
 
     def from_grid(self, slices: np.ndarray, fill: float) -> np.ndarray:
-        """(Z, S, S) -> (X, Y, Z) float32; ``fill`` is the value of voxels outside the canvas.
+        """(n, S, S) -> (X, Y, Z) float32; ``fill`` is the value of voxels outside the canvas.
 
         Bilinear (align_corners False) where ``to_grid`` averaged, voxel for voxel where it did not.
         """
@@ -141,9 +202,11 @@ class InPlane:
         slices = np.asarray(slices, np.float32)
         if self.canvas != self.image_size:
             slices = _resample(slices, bilinear_matrix(self.image_size, self.canvas))
-        volume = np.full((*self.shape, slices.shape[0]), fill, np.float32)
-        (x_out, x_in), (y_out, y_in) = (self._overlap(n) for n in self.shape)
-        volume[x_in, y_in] = slices[:, x_out, y_out].transpose(1, 2, 0)
+        shape = list(self.shape)
+        shape.insert(self.axis, len(slices))
+        volume = np.full(shape, fill, np.float32)
+        (row_out, row_in), (column_out, column_in) = (self._overlap(n) for n in self.shape)
+        np.moveaxis(volume, self.axis, 0)[:, row_in, column_in] = slices[:, row_out, column_out]
         return volume
 
     def _overlap(self, size: int) -> tuple[slice, slice]:

@@ -1,4 +1,4 @@
-"""The bounded NIfTI-1 reader and the writer. Imports no torch.
+"""The bounded NIfTI-1 reader and the writer, and what every reader of scans shares. Imports no torch.
 
 Volumes are (X, Y, Z) float32 in RAS order in memory; the file's own grid is kept beside them, so
 that writing hands back exactly what reading turned. Every failure is a PhmdiffError (exit 3) with
@@ -13,6 +13,7 @@ import gzip
 import os
 import stat
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ DEFLATE_RATIO = 1032  # deflate never packs better than this
 SIZEOF_HDR = {b"\x5c\x01\x00\x00": "<", b"\x00\x00\x01\x5c": ">"}  # the number 348 in either byte order
 DTYPES = {2: "uint8", 4: "int16", 8: "int32", 16: "float32", 64: "float64",
           256: "int8", 512: "uint16", 768: "uint32", 1024: "int64", 1280: "uint64"}  # fmt: skip
+GIVE_A_FILE = "give a .nii.gz, .nii or .mha file"
 RAS = np.array([[0, 1], [1, 1], [2, 1]])
 
 
@@ -59,7 +61,9 @@ class Volume:
 
 
 @dataclass(frozen=True, eq=False)
-class _Header:
+class Header:
+    """What a file says of its voxels: they begin at byte ``offset``, in Fortran order, and mean slope * v + inter."""
+
     grid: Grid
     dtype: np.dtype
     offset: int
@@ -73,7 +77,7 @@ class _Header:
 
 def read_grid(path: str | Path) -> Grid:
     """The grid of a NIfTI file from its header alone; the voxels are neither read nor checked."""
-    with _opened(path) as (stream, _, _):
+    with opened(path) as (stream, _, _):
         return _read_header(stream, path).grid
 
 
@@ -90,18 +94,23 @@ def read_volume(path: str | Path, *, nan: str = "raise", allow_constant: bool = 
     """
     if nan not in ("raise", "zero"):
         raise ValueError(f"nan must be 'raise' or 'zero', not {nan!r}")
-    with _opened(path) as (stream, size, zipped):
+    with opened(path) as (stream, size, zipped):
         header = _read_header(stream, path)
-        _check_size(header, size, zipped, int(max_gib * 2**30), path)
+        check_size(header, size, zipped, int(max_gib * 2**30), path)
         skip = header.offset - HEADER_BYTES
         data = bytearray(header.data_bytes)
-        skipped, _ = _fill(stream, bytearray(skip), path)
-        had = _fill(stream, data, path)[0] if skipped == skip else 0
+        skipped, _ = fill(stream, bytearray(skip), path)
+        had = fill(stream, data, path)[0] if skipped == skip else 0
         if had < len(data):
-            raise _bad(path, "NII_TRUNC", f"holds {had} of the {len(data)} voxel bytes its header promises",
+            raise bad(path, "NII_TRUNC", f"holds {had} of the {len(data)} voxel bytes its header promises",
                        "copy or download it again")  # fmt: skip
         if zipped:
             _finish_gzip(stream, int(max_gib * 2**30), path)
+    return volume_of(header, data, path, nan=nan, allow_constant=allow_constant)
+
+
+def volume_of(header: Header, data: bytearray, path, *, nan: str, allow_constant: bool) -> Volume:
+    """The voxel bytes of a file, checked and turned to RAS. Raises NII_NONFINITE, NII_CONSTANT; ``nan`` as above."""
     raw = np.frombuffer(data, header.dtype).reshape(header.grid.shape, order="F")
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as non-finite below
         voxels = apply_read_scaling(raw, header.slope, header.inter).astype(np.float32, copy=False)
@@ -113,6 +122,28 @@ def read_volume(path: str | Path, *, nan: str = "raise", allow_constant: bool = 
         grid=header.grid,
         path=Path(path),
     )
+
+
+def image_volume(image, name: str, *, nan: str = "raise", allow_constant: bool = False) -> Volume:
+    """A nibabel image in memory as ``read_volume`` gives a file; ``name`` stands for it in errors.
+
+    Raises PhmdiffError (exit 3): NII_4D, NII_AFFINE, NII_NONFINITE, NII_CONSTANT.
+    """
+    shape = tuple(int(size) for size in image.shape)
+    if len(shape) != 3:
+        raise bad(name, "NII_4D", f"has {len(shape)} dimensions {shape}", "give one 3D volume")
+    affine = np.eye(4) if image.affine is None else np.asarray(image.affine, np.float32).astype(np.float64)
+    check_affine(affine, np.linalg.norm(affine[:3, :3], axis=0), name)
+    voxels = _check_voxels(np.asarray(image.dataobj).astype(np.float32), nan, allow_constant, name)
+    turn = io_orientation(affine)
+    turned = np.ascontiguousarray(apply_orientation(voxels, turn))
+    return Volume(turned, affine @ inv_ornt_aff(turn, shape), Grid(shape, affine), Path(name))
+
+
+def to_image(voxels_ras: np.ndarray, grid: Grid, *, descrip: str = "SYNTHETIC phmdiff-fast") -> nib.Nifti1Image:
+    """A RAS array (X, Y, Z) as a float32 nibabel image on ``grid``, with the header ``write_volume`` writes."""
+    voxels = to_original(voxels_ras, grid).astype(np.float32)
+    return nib.Nifti1Image(voxels, grid.affine, _fresh_header(grid, descrip))
 
 
 def to_original(voxels_ras: np.ndarray, grid: Grid) -> np.ndarray:
@@ -158,23 +189,24 @@ def write_volume(
     return path
 
 
-def _bad(path, code: str, what: str, cure: str) -> PhmdiffError:
+def bad(path, code: str, what: str, cure: str) -> PhmdiffError:
+    """The error of a file."""
     return PhmdiffError(code, what, cure, file=path)
 
 
 @contextmanager
-def _opened(path):
-    """(stream of decoded bytes, size of the file in bytes, whether it is gzip)."""
+def opened(path) -> Iterator[tuple]:
+    """(stream of decoded bytes, size of the file in bytes, whether it is gzip). Raises NOT_A_FILE, UNREADABLE."""
     try:
         # O_NONBLOCK: opening a FIFO without a writer would wait for ever.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as problem:
         if problem.errno in (errno.ELOOP, errno.ENXIO):  # a loop of links; a socket
-            raise _bad(path, "NOT_A_FILE", f"is no regular file ({problem.strerror})", "give a NIfTI file") from None
-        raise _bad(path, "UNREADABLE", f"cannot be read ({problem.strerror})", "check path and permissions") from None
+            raise bad(path, "NOT_A_FILE", f"is no regular file ({problem.strerror})", GIVE_A_FILE) from None
+        raise bad(path, "UNREADABLE", f"cannot be read ({problem.strerror})", "check path and permissions") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise _bad(path, "NOT_A_FILE", "is no regular file (folder, pipe or device)", "give a NIfTI file")
+        raise bad(path, "NOT_A_FILE", "is no regular file (folder, pipe or device)", GIVE_A_FILE)
     with os.fdopen(handle, "rb") as file:
         size = os.fstat(handle).st_size
         zipped = file.read(2) == b"\x1f\x8b"
@@ -183,20 +215,20 @@ def _opened(path):
 
 
 @contextmanager
-def _decoding(path):
+def decoding(path):
     """What goes wrong while bytes are read and decoded, as a PhmdiffError; EOFError passes."""
     try:
         yield
     except (gzip.BadGzipFile, zlib.error) as problem:
-        raise _bad_gzip(path, problem) from None
+        raise bad_packing(path, problem) from None
     except OSError as problem:
-        raise _bad(path, "UNREADABLE", f"cannot be read ({problem.strerror})", "check the disk") from None
+        raise bad(path, "UNREADABLE", f"cannot be read ({problem.strerror})", "check the disk") from None
 
 
-def _fill(stream, buffer: bytearray, path) -> tuple[int, bool]:
+def fill(stream, buffer: bytearray, path) -> tuple[int, bool]:
     """Read until ``buffer`` is full or the data end; the bytes read, and whether a gzip stream broke off."""
     view, done = memoryview(buffer), 0
-    with _decoding(path):
+    with decoding(path):
         while done < len(view):
             try:
                 # readinto1, as readinto would drop what was decoded before a gzip stream breaks off
@@ -212,66 +244,66 @@ def _fill(stream, buffer: bytearray, path) -> tuple[int, bool]:
 def _finish_gzip(stream, cap: int, path) -> None:
     """Decode what is left: only then has gzip compared its checksum."""
     rest = 0
-    with _decoding(path):
+    with decoding(path):
         try:
             while count := len(stream.read1(CHUNK)):
                 rest += count
                 if rest > cap:
-                    raise _bad(path, "NII_TOO_BIG", f"more than {cap} bytes follow the voxels", "write it anew")
+                    raise bad(path, "NII_TOO_BIG", f"more than {cap} bytes follow the voxels", "write it anew")
         except EOFError:
-            raise _bad_gzip(path, "the gzip stream has no end") from None
+            raise bad_packing(path, "the gzip stream has no end") from None
 
 
-def _bad_gzip(path, problem) -> PhmdiffError:
-    return _bad(path, "NII_CRC", f"its compressed data are damaged ({problem})", "copy or download it again")
+def bad_packing(path, problem) -> PhmdiffError:
+    return bad(path, "NII_CRC", f"its compressed data are damaged ({problem})", "copy or download it again")
 
 
-def _read_header(stream, path) -> _Header:
+def _read_header(stream, path) -> Header:
     block = bytearray(HEADER_BYTES)
-    had, broken = _fill(stream, block, path)
+    had, broken = fill(stream, block, path)
     start = bytes(block[: min(had, 4)])
     if had == 0 and not broken:
-        raise _bad(path, "NII_EMPTY", "is empty", "copy or download it again")
+        raise bad(path, "NII_EMPTY", "is empty", "copy or download it again")
     if not any(number.startswith(start) for number in SIZEOF_HDR):
-        raise _bad(path, "NII_FORMAT", f"is no NIfTI-1 file (it begins with {start!r})", "convert it to .nii.gz")
+        raise bad(path, "NII_FORMAT", f"is no NIfTI-1 file (it begins with {start!r})", "convert it to .nii.gz")
     if had < HEADER_BYTES:
-        raise _bad(path, "NII_TRUNC", f"has {had} of the {HEADER_BYTES} bytes of a header",
+        raise bad(path, "NII_TRUNC", f"has {had} of the {HEADER_BYTES} bytes of a header",
                    "copy or download it again")  # fmt: skip
     magic = bytes(block[344:348])
     if magic != b"n+1\0":
-        raise _bad(path, "NII_FORMAT", f"is no single-file NIfTI-1 (magic {magic!r})", "convert it to .nii.gz")
+        raise bad(path, "NII_FORMAT", f"is no single-file NIfTI-1 (magic {magic!r})", "convert it to .nii.gz")
     header = nib.Nifti1Header(bytes(block), endianness=SIZEOF_HDR[start], check=False)
     shape = _shape(header, path)
     code = int(header["datatype"])
     if code not in DTYPES:
-        raise _bad(path, "NII_DTYPE", f"has voxels of NIfTI type {code}",
+        raise bad(path, "NII_DTYPE", f"has voxels of NIfTI type {code}",
                    "convert them to one of " + ", ".join(DTYPES.values()))  # fmt: skip
     offset = float(header["vox_offset"])
     if not DATA_OFFSET <= offset <= MAX_OFFSET or offset != int(offset):  # NaN fails the comparison too
-        raise _bad_field(path, "vox_offset", offset)
+        raise bad_field(path, "vox_offset", offset)
     try:
         slope, inter = header.get_slope_inter()
     except HeaderDataError:
-        raise _bad_field(path, "scl_inter", float(header["scl_inter"])) from None
+        raise bad_field(path, "scl_inter", float(header["scl_inter"])) from None
     unit = int(header["xyzt_units"]) & 7
     if unit not in (0, 2):  # unknown is taken for mm
-        raise _bad_field(path, "xyzt_units", f"{unit} (not mm)")
-    return _Header(Grid(shape, _affine(header, path)), header.get_data_dtype(), int(offset), slope, inter)
+        raise bad_field(path, "xyzt_units", f"{unit} (not mm)")
+    return Header(Grid(shape, _affine(header, path)), header.get_data_dtype(), int(offset), slope, inter)
 
 
-def _bad_field(path, field: str, value) -> PhmdiffError:
-    return _bad(path, "NII_HEADER", f"the header is wrong: field={field} value={value}", "write the file anew")
+def bad_field(path, field: str, value) -> PhmdiffError:
+    return bad(path, "NII_HEADER", f"the header is wrong: field={field} value={value}", "write the file anew")
 
 
 def _shape(header, path) -> tuple[int, int, int]:
     dim = [int(size) for size in header["dim"]]
     if not 3 <= dim[0] <= 7:
-        raise _bad_field(path, "dim[0]", dim[0])
+        raise bad_field(path, "dim[0]", dim[0])
     for axis in range(1, dim[0] + 1):
         if dim[axis] <= 0:
-            raise _bad_field(path, f"dim[{axis}]", dim[axis])
+            raise bad_field(path, f"dim[{axis}]", dim[axis])
     if any(size > 1 for size in dim[4 : dim[0] + 1]):
-        raise _bad(path, "NII_4D", f"has {dim[0]} dimensions {tuple(dim[1 : dim[0] + 1])}", "give one 3D volume a file")
+        raise bad(path, "NII_4D", f"has {dim[0]} dimensions {tuple(dim[1 : dim[0] + 1])}", "give one 3D volume a file")
     return dim[1], dim[2], dim[3]
 
 
@@ -281,29 +313,34 @@ def _affine(header, path) -> np.ndarray:
     try:
         affine = header.get_best_affine().astype(np.float32).astype(np.float64)
     except (HeaderDataError, ValueError) as problem:  # a quaternion that is none
-        raise _bad(path, "NII_AFFINE", f"has no usable orientation ({problem})", "write its header anew") from None
-    if not np.isfinite(affine).all():
-        raise _bad(path, "NII_AFFINE", "has NaN or Inf in its affine", "write its header anew")
-    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
-        raise _bad(path, "NII_AFFINE", f"has the voxel size {spacing.tolist()}", "write its header anew")
-    length = np.linalg.norm(affine[:3, :3], axis=0)
-    if not (length > 0).all() or abs(np.linalg.det(affine[:3, :3] / length)) < 1e-4:
-        raise _bad(path, "NII_AFFINE", f"has a singular affine {affine[:3].tolist()}", "write its header anew")
+        raise bad(path, "NII_AFFINE", f"has no usable orientation ({problem})", "write its header anew") from None
+    check_affine(affine, spacing, path)
     return affine
 
 
-def _check_size(header: _Header, size: int, zipped: bool, cap: int, path) -> None:
+def check_affine(affine: np.ndarray, spacing: np.ndarray, path) -> None:
+    """Raise NII_AFFINE unless (4, 4) is finite and can be inverted and the voxel sizes (3,) are positive."""
+    if not np.isfinite(affine).all():
+        raise bad(path, "NII_AFFINE", "has NaN or Inf in its affine", "write its header anew")
+    if not (np.isfinite(spacing).all() and (spacing > 0).all()):
+        raise bad(path, "NII_AFFINE", f"has the voxel size {spacing.tolist()}", "write its header anew")
+    length = np.linalg.norm(affine[:3, :3], axis=0)
+    if not (length > 0).all() or abs(np.linalg.det(affine[:3, :3] / length)) < 1e-4:
+        raise bad(path, "NII_AFFINE", f"has a singular affine {affine[:3].tolist()}", "write its header anew")
+
+
+def check_size(header: Header, size: int, zipped: bool, cap: int, path) -> None:
     """Compare what the header claims with the cap and the file's own size, before memory is taken."""
     needed = header.data_bytes
     as_float32 = needed // header.dtype.itemsize * 4
     if as_float32 > cap:
-        raise _bad(path, "NII_TOO_BIG", f"claims {header.grid.shape}, {as_float32} bytes as float32, above {cap}",
+        raise bad(path, "NII_TOO_BIG", f"claims {header.grid.shape}, {as_float32} bytes as float32, above {cap}",
                    "crop it or resample it")  # fmt: skip
     if zipped and needed > DEFLATE_RATIO * size:
-        raise _bad(path, "NII_TOO_BIG", f"claims {needed} voxel bytes, more than {size} compressed bytes can hold",
+        raise bad(path, "NII_TOO_BIG", f"claims {needed} voxel bytes, more than {size} compressed bytes can hold",
                    "copy or download it again")  # fmt: skip
     if not zipped and header.offset + needed > size:
-        raise _bad(path, "NII_TRUNC", f"has {size} of the {header.offset + needed} bytes its header promises",
+        raise bad(path, "NII_TRUNC", f"has {size} of the {header.offset + needed} bytes its header promises",
                    "copy or download it again")  # fmt: skip
 
 
@@ -312,11 +349,11 @@ def _check_voxels(voxels: np.ndarray, nan: str, allow_constant: bool, path) -> n
     if not finite.all():
         if nan == "raise":
             first = tuple(int(i) for i in np.unravel_index(np.argmin(finite), voxels.shape))
-            raise _bad(path, "NII_NONFINITE", f"has {(~finite).sum()} NaN or Inf voxels, the first at {first}",
+            raise bad(path, "NII_NONFINITE", f"has {(~finite).sum()} NaN or Inf voxels, the first at {first}",
                        "set these voxels to 0 in the file, or leave the subject out")  # fmt: skip
         voxels = np.where(finite, voxels, np.float32(0))
     if not allow_constant and voxels.min() == voxels.max():
-        raise _bad(path, "NII_CONSTANT", f"has the value {voxels.flat[0]:g} in every voxel", "leave this scan out")
+        raise bad(path, "NII_CONSTANT", f"has the value {voxels.flat[0]:g} in every voxel", "leave this scan out")
     return voxels
 
 

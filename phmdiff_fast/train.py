@@ -1,7 +1,8 @@
 """Training, from a cohort on disk to a run folder. Read it downward.
 
 RUN/ config.toml  run.json (version, subjects, scalings, mask ratios)  split.json
-     cache/  log.jsonl  checkpoints/step-N/  pictures/step-N.png  pictures/curves.png
+     cache/  log.jsonl  checkpoints/step-N/
+     pictures/step-N.png  pictures/levels-N.png  pictures/curves.png
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ import numpy as np
 import torch
 
 from . import __version__, checkpoint, data, pictures
-from .augment import augment
+from .augment import augment, manner
 from .cache import SliceCache, batch_rows
+from .check import check_cohort
 from .config import Config, load_toml
 from .device import autocast, pick_device, pick_precision
 from .ema import EMA
 from .errors import NONFINITE, USAGE, DataErrors, PhmdiffError
 from .files import write_json
+from .held_out import as_tensors, held_out, rows_of, spaced
 from .masking import level_complexity
 from .phmdiff import PHMDiff
 from .progress import bar, say, share_bar
 
-HELD_OUT_SLICES = 4  # in the picture strip
-VALIDATION_SLICES = 64  # at most, evenly spaced, for the validation figure of a checkpoint
 LOG_EVERY = 10
 
 
@@ -52,10 +53,13 @@ def learning_rate(config, step: int, share: float) -> float:
     return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
 
-def prepare_split(cohort: data.Cohort, config: Config, split_file) -> dict[str, list[str]]:
-    """The split to train by; every subject in it has every contrast asked for."""
+def prepare_split(cohort: data.Cohort, config: Config, split_file, fold) -> dict[str, list[str]]:
+    """The split to train by: a file's, fold (i, k) counted from 1, or drawn; everybody has every contrast asked for."""
     if split_file is None:
-        return data.make_split(data.select_subjects(cohort, config.data), config.train.seed)
+        subjects = data.select_subjects(cohort, config.data)
+        if fold is None:
+            return data.make_split(subjects, config.train.seed)
+        return data.make_fold(subjects, fold[0] - 1, fold[1], config.train.seed)
     split = data.read_split(split_file, list(cohort.files))
     chosen = data.select_subjects(cohort, config.data, [s for part in split.values() for s in part])
     return {name: [s for s in part if s in chosen] for name, part in split.items()}
@@ -64,7 +68,7 @@ def prepare_split(cohort: data.Cohort, config: Config, split_file) -> dict[str, 
 def refuse_bad_cohort(cohort: data.Cohort, config: Config, subjects: list[str], progress: bool) -> None:
     """Read everything that will be trained on; raise DataErrors naming all that is wrong."""
     with bar(len(subjects), "checking", progress) as meter:
-        report = data.check_cohort(
+        report = check_cohort(
             cohort, contrasts=[*config.data.sources, config.data.target], subjects=subjects,
             progress=lambda *_: meter.update(),
         )  # fmt: skip
@@ -90,65 +94,10 @@ def open_cache(
         return SliceCache.build(out / "cache", cohort, subjects, config.data, progress=lambda *_: meter.update())
 
 
-def rows_of(cache: SliceCache, subjects: list[str]) -> np.ndarray:
-    """Row numbers (n,) int64 of some subjects' slices."""
-    parts = [np.asarray(cache.rows_of(subject), dtype=np.int64) for subject in subjects]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-
-
-def spaced(rows: np.ndarray, count: int) -> np.ndarray:
-    """At most ``count`` of ``rows``, evenly spaced from end to end."""
-    if len(rows) <= count:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
-
-
-def as_tensors(cache: SliceCache, rows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sources (B, Cs, S, S), target (B, 1, S, S)) of cache rows, float32 in [-1, 1]."""
-    batch = cache.batch(rows)
-    return torch.from_numpy(batch["sources"]).to(device), torch.from_numpy(batch["target"]).to(device)
-
-
 def measure_complexity(cache: SliceCache, rows: np.ndarray, levels: int) -> list[float]:
     """c_n of III.B.1 over the training foreground (targets of at most 256 slices)."""
     batch = cache.batch(spaced(rows, 256))
     return level_complexity(torch.from_numpy(batch["target"]), torch.from_numpy(batch["foreground"]), levels)
-
-
-@dataclass
-class HeldOut:
-    """Fixed slices nobody trains on, their figure and their picture."""
-
-    sources: torch.Tensor
-    target: torch.Tensor
-    rows: np.ndarray
-    who: str
-
-    def look(self, model: PHMDiff, device, dtype, path: Path, step: int) -> float:
-        """Mean slice PSNR (dB, data range 2) of 1-step synthesis; draws the strip to ``path``."""
-        with autocast(device, dtype):
-            ids = torch.from_numpy(self.rows).to(device)
-            made = model.translate(self.sources, ids)[0].float()
-        mse = (made - self.target).square().flatten(1).mean(1).clamp_min(1e-12)
-        shown = spaced(np.arange(len(made)), HELD_OUT_SLICES + 2)[1:-1]  # the outermost slices show little
-        strip_rows = [
-            {
-                "label": f"{self.who} {self.rows[i]}",
-                "source": [s.cpu().numpy() for s in self.sources[i]],
-                "synthesized": made[i, 0].cpu().numpy(),
-                "truth": self.target[i, 0].cpu().numpy(),
-            }
-            for i in (shown if len(shown) else range(len(made)))
-        ]
-        pictures.strip(path, strip_rows, title=f"step {step}")
-        return float((10 * torch.log10(4 / mse)).mean())
-
-
-def held_out(cache: SliceCache, split: dict[str, list[str]], device) -> HeldOut:
-    """Slices of the validation people, else (too few people for any) of the training people."""
-    name = "val" if split["val"] else "train"
-    rows = spaced(rows_of(cache, split[name]), VALIDATION_SLICES)
-    return HeldOut(*as_tensors(cache, rows, device), rows, "held-out slice" if name == "val" else "training slice")
 
 
 def read_log(path: Path) -> list[dict]:
@@ -162,7 +111,7 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
-def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file) -> tuple[Config, dict, bool]:
+def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file, fold) -> tuple[Config, dict, bool]:
     """(config, split, resumed): a new run folder, or what an existing one was begun with."""
     if (out / "run.json").exists():
         begun = Config.model_validate(load_toml(out / "config.toml"))
@@ -177,21 +126,25 @@ def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file) -> 
             raise PhmdiffError("RUN_DIFFERS", what, "give the same settings to go on, or another --out",
                                exit_code=USAGE, file=out)  # fmt: skip
         split = json.loads((out / "split.json").read_text())
-        if split_file is not None and data.read_split(split_file, list(cohort.files)) != split:
-            raise PhmdiffError("RUN_DIFFERS", "was begun with another split",
-                               "give the same --split, or another --out", exit_code=USAGE, file=out)  # fmt: skip
+        asked = split_file is not None or fold is not None
+        if asked and prepare_split(cohort, config, split_file, fold) != split:
+            cure = "give the same --split or --fold, or another --out"
+            raise PhmdiffError("RUN_DIFFERS", "was begun with another split", cure, exit_code=USAGE, file=out)
         return config, split, True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise PhmdiffError("OUTPUT_EXISTS", "exists and is no run folder", "choose another --out",
                            exit_code=USAGE, file=out)  # fmt: skip
-    return config, prepare_split(cohort, config, split_file), False
+    return config, prepare_split(cohort, config, split_file, fold), False
 
 
-def train(data_path, out, config: Config, *, split_file=None, progress: bool = True) -> Path:
+def train(
+    data_path, out, config: Config, *, split_file=None, fold: tuple[int, int] | None = None, progress: bool = True
+) -> Path:
     """Train a run, or go on with one from its newest checkpoint; returns the run folder.
 
     data_path : cohort folder or CSV list; out : run folder; config : all settings, with
-    ``train.minutes`` or ``train.steps`` set. Raises PhmdiffError (2 settings, 3 data, 4 checkpoint,
+    ``train.minutes`` or ``train.steps`` set; split_file or fold (i, k): who is in training, validation and
+    test, else drawn from the seed. Raises PhmdiffError (2 settings, 3 data, 4 checkpoint,
     5 non-finite loss, 74 disk).
     """
     # --- settings, data, split
@@ -201,7 +154,7 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
     device = pick_device(tc.device)
     dtype = pick_precision(tc.precision, device)
     cohort = data.discover(data_path)
-    config, split, resumed = start_folder(out, config, cohort, split_file)
+    config, split, resumed = start_folder(out, config, cohort, split_file, fold)
     made_here = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -226,17 +179,19 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
             "version": __version__,
             "sources": config.data.sources,
             "target": config.data.target,
+            "units": cache.units(config.data.target),
             "complexity": measure_complexity(cache, train_rows, len(config.model.levels)),
             "median_p995": cache.median_p995(config.data.target),
             "slices": len(train_rows),
         }
-    model = PHMDiff(config.model, len(config.data.sources), 1, facts["complexity"]).to(device)
+    model = PHMDiff(config.model, config.data.source_channels, 1, facts["complexity"]).to(device)
     facts["mask_ratios"] = model.ratios
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=tc.lr, betas=tc.betas, weight_decay=tc.weight_decay, fused=True
     )
     ema = EMA(model, tc.ema)
-    watched = held_out(cache, split, device)
+    watched = held_out(cache, split, config, device)
+    how = manner(config.data)
 
     # --- state: newest checkpoint, or step 0
     step, before = 0, 0.0
@@ -267,13 +222,13 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
         return before + time.monotonic() - begun
 
     def save() -> None:
-        """Checkpoint, validation figure and picture of the averaged weights."""
+        """Checkpoint, validation figure and pictures of the averaged weights."""
         ema.swap()
-        picture = out / "pictures" / f"step-{step:08d}.png"
-        psnr = watched.look(model.eval(), device, dtype, picture, step)
+        psnr = watched.look(model.eval(), device, dtype, out / "pictures", step)
         ema.swap()
         model.train()
         log.write(json.dumps({"step": step, "seconds": round(seconds(), 3), "val_psnr": psnr}) + "\n")
+        picture = out / "pictures" / f"step-{step:08d}.png"
         say(f"step {step}, {seconds():.0f} s: {watched.who}s {psnr:.2f} dB; picture {picture}")
         groups = {"model": model.state_dict(), "ema": ema.state_dict(),
                   "optimizer": checkpoint.optimizer_tensors(optimizer, model)}  # fmt: skip
@@ -287,10 +242,11 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
             rng = (tc.seed, step)
             rows = train_rows[batch_rows(len(train_rows), tc.batch_size, seed=tc.seed, step=step)]
             sample_ids = torch.from_numpy(rows).to(device)
-            sources, target = augment(*as_tensors(cache, rows, device), sample_ids, rng, tc)
+            sources, target, inside = as_tensors(cache, rows, device)
+            sources, target, inside = augment(sources, target, sample_ids, rng, tc, foreground=inside, **how)
 
             with autocast(device, dtype):
-                terms = model.loss(target, sources, sample_ids, rng, tc, masked=masked)
+                terms = model.loss(target, sources, sample_ids, rng, tc, masked=masked, foreground=inside)
             optimizer.zero_grad(set_to_none=True)
             terms.total.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), tc.grad_clip)
@@ -309,6 +265,7 @@ def train(data_path, out, config: Config, *, split_file=None, progress: bool = T
                 rate = (step - first_step) * tc.batch_size / (time.monotonic() - begun)
                 record = {"step": step, "seconds": round(seconds(), 3), "loss": float(terms.total.detach()),
                           "denoise": terms.denoise.tolist(), "mmd": terms.mmd.tolist(),
+                          **({"vlb": terms.vlb.tolist()} if config.model.learn_variance else {}),
                           "lr": optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2),
                           "stage": "masked" if masked else "unmasked"}  # fmt: skip
                 log.write(json.dumps(record) + "\n")

@@ -9,9 +9,23 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from small_scans import save, scan
+
+from phmdiff_fast.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("PHMDIFF_REAL_DATA", ROOT.parent / "shared" / "data" / "brain"))
+
+TINY = [f"model.{k}={v}" for k, v in dict(depth=1, width=32, heads=2, decoder_depth=1, decoder_width=16,
+                                          decoder_heads=2, stem_width=8, head_width=8).items()]  # fmt: skip
+TINY = [part for item in [*TINY, "train.batch_size=4", "train.precision=fp32"] for part in ("--set", item)]
+
+
+def cli(*arguments) -> int:
+    """Run a command in this process; its exit code."""
+    with pytest.raises(SystemExit) as leaving:
+        main([str(a) for a in arguments])
+    return int(leaving.value.code or 0)
 
 
 def pytest_runtest_setup(item):
@@ -51,6 +65,23 @@ def phantom(seed: int, shape=(20, 24, 9)) -> dict[str, np.ndarray]:
         name: np.where(inside, np.maximum(image + n, 1), 0).astype(np.int16)
         for name, image, n in (("t1", t1, noise[0]), ("t2", t2, noise[1]))
     }
+
+
+def phantom_ct(seed: int, shape=(20, 24, 9)) -> np.ndarray:
+    """The same head as ``phantom(seed)`` in HU, int16: brain, water, a skull; air outside."""
+    t1 = phantom(seed, shape)["t1"]
+    noise = np.random.default_rng(seed + 1000).normal(0, 10, shape)
+    ct = np.select([t1 > 750, t1 > 400, t1 > 0], [35.0, 10.0, 900.0], -1000.0)
+    return np.where(t1 > 0, ct + noise, ct).astype(np.int16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three subjects with t1 and t2."""
+    for number, subject in enumerate(("anna", "bela", "carl")):
+        for contrast in ("t1", "t2"):
+            save(tmp_path / subject / f"{subject}_{contrast}.nii.gz", scan(10 * number + (contrast == "t2")))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

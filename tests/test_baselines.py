@@ -41,10 +41,13 @@ def test_several_sources_have_a_table_each():
 
 def test_the_unet_learns_within_its_time(tiny_cohort, tmp_path):
     cohort = discover(tiny_cohort)
-    cache = SliceCache.build(tmp_path, cohort, list(cohort.files), DataConfig(image_size=24))
+    cache_config = DataConfig(image_size=24)
+    cache = SliceCache.build(tmp_path, cohort, list(cohort.files), cache_config)
     config = TrainConfig(batch_size=4, flip=False, gamma=0, scale=0)
     start = time.monotonic()
-    model, steps = train_unet(cache, np.arange(len(cache)), config, 4.0, torch.device("cpu"), torch.float32, channels=1)
+    model, steps = train_unet(
+        cache, np.arange(len(cache)), config, 4.0, torch.device("cpu"), torch.float32, data=cache_config
+    )
     assert 4.0 <= time.monotonic() - start < 15
     assert steps > 5
     batch = cache.batch(np.arange(len(cache)))

@@ -17,7 +17,7 @@ from phmdiff_fast.cache import SliceCache, batch_rows
 from phmdiff_fast.config import DataConfig
 from phmdiff_fast.data import discover, load_subject, select_subjects
 from phmdiff_fast.errors import PhmdiffError
-from phmdiff_fast.grid import InPlane, fit_scaling
+from phmdiff_fast.grid import InPlane, Scaling, fill_for, fit_scaling, scaling_for, stack_context
 from phmdiff_fast.nifti import write_volume
 
 REPO = Path(__file__).resolve().parent.parent
@@ -149,6 +149,100 @@ def test_the_loop_from_file_to_cache_to_file(tmp_path):
         assert np.array_equal(after.affine, before.affine)
 
 
+# ---------------------------------------------------------------- axis, neighbours, HU
+
+
+def whole(cohort, subject, contrasts, config):
+    """Every slice of a subject, scaled (n, contrasts, S, S), without the cache; and the foreground (n, S, S)."""
+    found = load_subject(cohort, subject, contrasts, foreground_from=contrasts[0])
+    plane = InPlane.of(SHAPE, config)
+    scaled = []
+    for name in contrasts:
+        image = found.images[name]
+        scaling = scaling_for(name, image, found.foreground, config.hu_window)
+        scaled.append(scaling.forward(plane.to_grid(image, fill_for(name, image, config.hu_window))))
+    return np.stack(scaled, 1), plane.to_grid(found.foreground, 0) >= 0.5
+
+
+@pytest.mark.parametrize("axis", ["axial", "coronal", "sagittal"])
+@pytest.mark.parametrize("k", [0, 1, 2, 8])
+@pytest.mark.parametrize("sources", [["t1"], ["flair", "t1"]])
+def test_a_batch_is_the_whole_scaled_volume_with_its_neighbours(cohort, tmp_path, axis, k, sources):
+    config = DataConfig(sources=sources, image_size=8, axis=axis, context_slices=k, min_foreground=0.02)
+    for contrast in ("t1", "t2", "flair"):  # empty in the middle along every axis
+        voxels = scan(30 + len(contrast))
+        voxels[5:7] = voxels[:, 7:9] = voxels[:, :, 4] = 0
+        save(cohort.files["bela"][contrast], voxels)
+    cache = SliceCache.build(tmp_path / "cache", cohort, SUBJECTS, config)
+    for subject in SUBJECTS:
+        scaled, inside = whole(cohort, subject, cache.contrasts, config)
+        kept = np.flatnonzero(inside.mean((1, 2)) >= 0.02)
+        assert 0 < len(kept) < len(scaled)  # so some neighbours are no rows themselves
+        rows = cache.rows_of(subject)
+        assert len(rows) == len(kept)
+        order = np.random.default_rng(0).permutation(len(rows))
+        batch = cache.batch(rows[order])
+        assert batch["sources"].shape == (len(rows), config.source_channels, 8, 8)
+        assert np.array_equal(batch["sources"], stack_context(scaled[:, :-1], k)[kept][order])
+        assert np.array_equal(batch["target"], scaled[kept, -1:][order])
+        assert np.array_equal(batch["foreground"][:, 0], inside[kept][order])
+        assert all(part.flags.c_contiguous for part in batch.values())
+    again = SliceCache.open(tmp_path / "cache", cohort, SUBJECTS, config)
+    assert np.array_equal(again.batch(rows)["sources"], cache.batch(rows)["sources"])
+
+
+def test_neighbours_come_from_the_same_subject(cohort, tmp_path):
+    """With every slice a row, the last row of one subject and the first of the next lie side by side."""
+    config = CONFIG.model_copy(update={"min_foreground": 0.0, "context_slices": 1})
+    cache = SliceCache.build(tmp_path / "cache", cohort, SUBJECTS, config)
+    last, first = cache.batch(np.array([SHAPE[2] - 1, SHAPE[2]]))["sources"]
+    assert np.array_equal(last[2], last[1])
+    assert np.array_equal(first[0], first[1])
+
+
+def test_only_the_neighbours_that_are_no_rows_are_stored_beside_them(cohort, tmp_path):
+    for k, stored in ((0, 12), (1, 16), (2, 18)):  # 6 of 9 slices each: two lie below, one above
+        config = CONFIG.model_copy(update={"context_slices": k})
+        cache = SliceCache.build(tmp_path / str(k), cohort, SUBJECTS, config)
+        assert len(cache) == 12
+        assert (cache.folder / "slices.bin").stat().st_size == stored * 2 * 64 * 4
+
+
+def test_ct_is_scaled_by_the_window_and_keeps_its_unit(cohort, tmp_path):
+    rng = np.random.default_rng(0)
+    for subject in SUBJECTS:
+        voxels = np.full(SHAPE, -1000, np.int16)
+        voxels[2:11, 3:14, 2:8] = rng.integers(-100, 2500, (9, 11, 6))
+        save(tmp_path / "data" / subject / f"{subject}_ct.nii.gz", voxels)
+    config = DataConfig(sources=["t1"], target="ct", image_size=20, hu_window=(-1200, 1800))
+    cache = SliceCache.build(tmp_path / "cache", discover(tmp_path / "data"), SUBJECTS, config)
+    assert cache.scaling("anna", "ct") == cache.scaling("bela", "ct") == Scaling(-1200.0, 1800.0)
+    assert cache.scaling("anna", "t1") != cache.scaling("bela", "t1")
+    assert (cache.units("ct"), cache.units("cbct"), cache.units("t1"), cache.units("mr")) == (
+        "HU", "HU", "arbitrary", "arbitrary",
+    )  # fmt: skip
+    batch = cache.batch(cache.rows_of("bela"))
+    assert (batch["target"][:, 0, :3] == -1).all()  # where the canvas leaves the scan
+    expected = np.clip((voxels[2:11, 3:14, 2:8].astype(np.float32) + 1200) / 1500 - 1, -1, 1).transpose(2, 0, 1)
+    np.testing.assert_allclose(batch["target"][:, 0, 5:14, 5:16], expected, atol=1e-6)
+
+
+def test_mha_cohorts_are_cached_too(cohort, tmp_path):
+    sitk = pytest.importorskip("SimpleITK")
+    for subject in SUBJECTS:
+        for contrast, word in (("t1", "mr"), ("t2", "ct")):
+            image = sitk.ReadImage(str(cohort.files[subject][contrast]))
+            (tmp_path / "synth" / "Task1" / "brain" / subject).mkdir(parents=True, exist_ok=True)
+            sitk.WriteImage(image, str(tmp_path / "synth" / "Task1" / "brain" / subject / f"{word}.mha"), True)
+    one = SliceCache.build(tmp_path / "one", cohort, SUBJECTS, CONFIG)
+    config = DataConfig(sources=["mr"], target="ct", image_size=8)
+    two = SliceCache.build(tmp_path / "two", discover(tmp_path / "synth"), SUBJECTS, config)
+    assert np.array_equal(two.batch(np.arange(12))["sources"], one.batch(np.arange(12))["sources"])
+
+
+# ---------------------------------------------------------------- how it is built
+
+
 def test_progress_is_told(cohort, tmp_path):
     calls = []
     SliceCache.build(tmp_path / "cache", cohort, SUBJECTS, CONFIG, progress=lambda *call: calls.append(call))
@@ -220,6 +314,11 @@ def drop_foreground(cohort, tmp_path):
     (tmp_path / "cache" / "foreground.bin").unlink()
 
 
+def cut_context(cohort, tmp_path):
+    path = tmp_path / "cache" / "context.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
 def cut_index(cohort, tmp_path):
     path = tmp_path / "cache" / "index.json"
     path.write_text(path.read_text()[:-5])
@@ -240,6 +339,7 @@ def other_version(cohort, tmp_path):
         (add_mask, "mask"),
         (cut_slices, "slices.bin"),
         (drop_foreground, "foreground.bin"),
+        (cut_context, "context.bin"),
         (cut_index, "index"),
         (other_version, "version"),
     ],
@@ -260,6 +360,9 @@ def test_a_changed_file_makes_it_stale(cache, cohort, tmp_path, change, told):
         (SUBJECTS, {"crop": 10}, "crop None -> 10"),
         (SUBJECTS, {"min_foreground": 0.05}, "min_foreground 0.01 -> 0.05"),
         (SUBJECTS, {"target": "flair"}, "target 't2' -> 'flair'"),
+        (SUBJECTS, {"context_slices": 1}, "context_slices 0 -> 1"),
+        (SUBJECTS, {"axis": "coronal"}, "axis 'axial' -> 'coronal'"),
+        (SUBJECTS, {"hu_window": (-1000.0, 2000.0)}, "hu_window"),
     ],
 )
 def test_ensure_rebuilds_for_other_settings(cache, cohort, tmp_path, subjects, changes, told):
@@ -304,7 +407,7 @@ def test_a_failed_rebuild_leaves_the_old_cache(cache, cohort, tmp_path):
     cohort.files["bela"]["flair"].write_bytes(b"")
     other = CONFIG.model_copy(update={"target": "flair"})
     assert refused(SliceCache.ensure, tmp_path / "cache", cohort, SUBJECTS, other).code == "NII_EMPTY"
-    assert sorted(os.listdir(tmp_path / "cache")) == ["foreground.bin", "index.json", "slices.bin"]
+    assert sorted(os.listdir(tmp_path / "cache")) == ["context.bin", "foreground.bin", "index.json", "slices.bin"]
     assert len(SliceCache.open(tmp_path / "cache", cohort, SUBJECTS, CONFIG)) == 12
 
 

@@ -11,25 +11,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import phantom, write_scan
+from conftest import TINY, cli, phantom, write_scan
 
 from phmdiff_fast import evaluate, generate, train
-from phmdiff_fast.cli import main
 from phmdiff_fast.config import SampleConfig, TrainConfig
 from phmdiff_fast.data import Subject, discover, load_subject
+from phmdiff_fast.errors import PhmdiffError
 from phmdiff_fast.kernels._impl import BackendError
 from phmdiff_fast.nifti import Grid
-
-TINY = [f"model.{k}={v}" for k, v in dict(depth=1, width=32, heads=2, decoder_depth=1, decoder_width=16,
-                                          decoder_heads=2, stem_width=8, head_width=8).items()]  # fmt: skip
-TINY = [part for item in [*TINY, "train.batch_size=4", "train.precision=fp32"] for part in ("--set", item)]
-
-
-def cli(*arguments) -> int:
-    """Run a command in this process; its exit code."""
-    with pytest.raises(SystemExit) as leaving:
-        main([str(a) for a in arguments])
-    return int(leaving.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -400,3 +389,32 @@ def test_two_real_people(real_data, tmp_path, capsys):
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert len(rows) == 6
     assert all(np.isfinite(row["mean"]) for row in rows)
+
+
+def test_translate_takes_paths_and_images_and_equals_sample(trained, tiny_cohort, tmp_path):
+    run = generate.load(trained)
+    path = tiny_cohort / "p3" / "p3_t1.nii.gz"
+    assert cli("sample", trained, path, "--out", tmp_path, "--seed", 3, "--quiet") == 0
+    written = nib.load(tmp_path / "p3_t2_syn.nii.gz")
+    given = nib.load(path)
+    for source in (path, str(path), given):
+        made = run.translate({"t1": source}, seed=3)
+        assert isinstance(made, nib.Nifti1Image)
+        assert np.array_equal(made.affine, given.affine)
+        assert b"SYNTHETIC" in bytes(made.header["descrip"])
+        np.testing.assert_allclose(made.get_fdata(), written.get_fdata(), rtol=1e-5, atol=1e-3)
+    mask = np.zeros(given.shape, np.uint8)
+    mask[8:12, 8:16, 3:6] = 1
+    masked = run.translate({"t1": given, "mask": nib.Nifti1Image(mask, given.affine)}).get_fdata()
+    assert (masked[mask == 0] == 0).all()
+    assert (masked[mask == 1] > 0).any()
+    for images, says in (({}, "nothing"), ({"t2": path}, "needs 't1'"), ({"t1": path, "flair": path}, "'flair'")):
+        with pytest.raises(PhmdiffError, match=says):
+            run.translate(images)
+    for image, code in ((nib.Nifti1Image(np.zeros((4, 4, 4, 2), np.int16), np.eye(4)), "NII_4D"),
+                        (nib.Nifti1Image(np.full((4, 4, 4), np.nan), np.eye(4)), "NII_NONFINITE")):  # fmt: skip
+        with pytest.raises(PhmdiffError) as caught:
+            run.translate({"t1": image})
+        assert caught.value.code == code
+    with pytest.raises(PhmdiffError, match="steps"):
+        run.translate({"t1": path}, steps=0)

@@ -5,15 +5,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phmdiff_fast.config import DataConfig
 from phmdiff_fast.errors import PhmdiffError
 from phmdiff_fast.grid import (
+    SLICE_AXIS,
     InPlane,
     Scaling,
     area_matrix,
     bilinear_matrix,
+    fill_for,
     fit_scaling,
     foreground_mask,
+    neighbours,
     otsu_threshold,
+    scaling_for,
+    stack_context,
+    thumbnail,
 )
 
 
@@ -85,7 +92,60 @@ def test_a_constant_volume_has_no_foreground():
     assert not foreground_mask(np.full((3, 3, 3), 4.0)).any()
 
 
+def chest():
+    """HU: a body with two lungs, cut off below and open to the air through a windpipe above; a table under it."""
+    body = np.zeros((30, 30, 12), bool)
+    body[5:25, 8:26] = True
+    voxels = np.where(body, 40.0, -1000.0).astype(np.float32)
+    voxels[8:12, 12:22, :8] = voxels[16:20, 12:22, :8] = -850
+    voxels[12:16, 16:18, 7] = voxels[14, 16, 8:] = -1000
+    table = np.zeros_like(body)
+    table[2:28, 3:5] = True
+    return np.where(table, 120, voxels).astype(np.float32), body
+
+
+def test_the_body_of_a_ct():
+    voxels, body = chest()
+    assert np.array_equal(foreground_mask(voxels, hu=True), body)
+    assert not np.array_equal(foreground_mask(voxels), body)
+    noisy = voxels + np.random.default_rng(0).normal(0, 30, voxels.shape)
+    assert np.array_equal(foreground_mask(noisy, hu=True), body)
+    mask = np.zeros(voxels.shape)
+    mask[3, 3, 3] = 1
+    assert np.array_equal(foreground_mask(voxels, mask, hu=True), mask > 0)
+
+
+def test_minus_500_is_the_bound_and_air_alone_is_no_body():
+    voxels = np.full((4, 4, 4), -1000.0)
+    voxels[1:3, 1:3, 1:3] = -500
+    assert not foreground_mask(voxels, hu=True).any()
+    voxels[1, 1, 1] = -499
+    assert foreground_mask(voxels, hu=True).sum() == 1
+    assert not foreground_mask(np.full((4, 4, 4), 7.0), hu=True).any()  # constant
+
+
 # ---------------------------------------------------------------- scaling
+
+
+@pytest.mark.parametrize("contrast", ["ct", "cbct"])
+def test_hu_are_scaled_by_a_fixed_window(contrast):
+    voxels, body = chest()
+    scaling = scaling_for(contrast, voxels, body, (-1024, 3000))
+    assert scaling == Scaling(-1024.0, 3000.0)
+    scaled = scaling.forward(np.array([-1024.0, 988, 3000, 4000, -3024]))
+    np.testing.assert_allclose(scaled, [-1, 0, 1, 1, -1], atol=1e-6)
+    assert fill_for(contrast, voxels, (-1024, 3000)) == -1024
+    assert scaling_for(contrast, voxels, np.zeros_like(body), (-1, 1)) == Scaling(-1.0, 1.0)
+
+
+@pytest.mark.parametrize("contrast", ["t1", "mr", "pd"])
+def test_what_has_no_unit_is_scaled_by_its_own_percentiles(contrast):
+    voxels = np.random.default_rng(0).normal(500, 100, (9, 9, 9)).astype(np.float32)
+    inside = ball((9, 9, 9), 4)
+    assert scaling_for(contrast, voxels, inside, (-1024, 3000)) == fit_scaling(voxels, inside)
+    assert fill_for(contrast, voxels, (-1024, 3000)) == voxels.min()
+    with pytest.raises(PhmdiffError, match="foreground is empty"):
+        scaling_for(contrast, voxels, np.zeros_like(inside), (-1024, 3000))
 
 
 def test_scaling_is_the_percentiles_inside_the_foreground():
@@ -228,3 +288,92 @@ def test_other_shapes_are_refused():
         InPlane((4, 5), 4).to_grid(np.zeros((5, 4, 1)), 0.0)
     with pytest.raises(ValueError, match="expected"):
         InPlane((4, 5), 4).from_grid(np.zeros((1, 5, 5)), 0.0)
+
+
+# ---------------------------------------------------------------- the axis
+
+
+def test_the_axis_names_are_those_of_ras():
+    volume = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    for name, side, expected in (
+        ("axial", 3, volume[:, :, 1]),
+        ("coronal", 4, volume[:, 1, :]),
+        ("sagittal", 4, volume[1, :, :]),
+    ):
+        plane = InPlane.of(volume.shape, DataConfig(image_size=8, axis=name))
+        assert plane.axis == SLICE_AXIS[name]
+        assert plane.shape == expected.shape
+        slices = plane.to_grid(volume, -1.0)
+        row, column = ((8 - n) // 2 for n in expected.shape)
+        assert np.array_equal(slices[1, row : row + expected.shape[0], column : column + expected.shape[1]], expected)
+        assert (slices[1] == -1).sum() == 64 - expected.size
+        assert max(expected.shape) == side
+
+
+def test_in_plane_of_the_settings():
+    assert InPlane.of((10, 12, 14), DataConfig(image_size=8)) == InPlane((10, 12), 8)
+    assert InPlane.of((10, 12, 14), DataConfig(image_size=8, crop=9, axis="coronal")) == InPlane((10, 14), 8, 9, 1)
+    assert InPlane.of((10, 12, 14), DataConfig(image_size=8, axis="sagittal")) == InPlane((12, 14), 8, None, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=st.tuples(*[st.integers(1, 14)] * 3), axis=st.sampled_from(sorted(SLICE_AXIS)), crop=st.booleans())
+def test_every_axis_is_the_axial_one_of_the_turned_volume(shape, axis, crop):
+    volume = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    config = DataConfig(image_size=9, axis=axis, crop=10 if crop else None)
+    plane = InPlane.of(shape, config)
+    turned = np.moveaxis(volume, SLICE_AXIS[axis], 2)
+    axial = InPlane.of(turned.shape, config.model_copy(update={"axis": "axial"}))
+    slices = plane.to_grid(volume, -3.0)
+    assert slices.shape == (shape[SLICE_AXIS[axis]], 9, 9)
+    assert np.array_equal(slices, axial.to_grid(turned, -3.0))
+    back = plane.from_grid(slices, -5.0)
+    assert back.flags.c_contiguous
+    assert np.array_equal(np.moveaxis(back, SLICE_AXIS[axis], 2), axial.from_grid(slices, -5.0))
+
+
+@pytest.mark.parametrize("axis", SLICE_AXIS)
+def test_the_way_back_is_exact_along_every_axis(axis):
+    volume = np.random.default_rng(0).normal(size=(7, 8, 9)).astype(np.float32)
+    plane = InPlane.of(volume.shape, DataConfig(image_size=11, axis=axis))
+    assert np.array_equal(plane.from_grid(plane.to_grid(volume, 0.0), 7.0), volume)
+    with pytest.raises(ValueError, match="expected"):
+        plane.to_grid(np.zeros((8, 9, 7)), 0.0)
+
+
+# ---------------------------------------------------------------- neighbouring slices
+
+
+def test_context_by_hand():
+    slices = np.array([[1, 10], [2, 20], [3, 30]], np.float32)[..., None, None]  # (Z, Cs, 1, 1)
+    assert stack_context(slices, 1)[..., 0, 0].tolist() == [
+        [1, 1, 2, 10, 10, 20], [1, 2, 3, 10, 20, 30], [2, 3, 3, 20, 30, 30],
+    ]  # fmt: skip
+    assert stack_context(slices, 3)[0, :7, 0, 0].tolist() == [1, 1, 1, 1, 2, 3, 3]
+    assert np.array_equal(stack_context(slices, 0), slices)
+    assert neighbours(3, 1).tolist() == [[0, 0, 1], [0, 1, 2], [1, 2, 2]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(0, 6), sources=st.integers(1, 3), k=st.integers(0, 8))
+def test_context_is_the_neighbours(count, sources, k):
+    slices = np.random.default_rng(0).normal(size=(count, sources, 2, 3)).astype(np.float32)
+    stacked = stack_context(slices, k)
+    assert stacked.shape == (count, sources * (2 * k + 1), 2, 3)
+    assert stacked.flags.c_contiguous
+    for z in range(count):
+        for source in range(sources):
+            for offset in range(-k, k + 1):
+                channel = source * (2 * k + 1) + k + offset
+                assert np.array_equal(stacked[z, channel], slices[min(max(z + offset, 0), count - 1), source])
+
+
+# ---------------------------------------------------------------- thumbnails
+
+
+def test_a_thumbnail_averages_and_never_enlarges():
+    plane = np.random.default_rng(0).random((12, 8))
+    np.testing.assert_allclose(thumbnail(plane, 6), plane.reshape(6, 2, 4, 2).mean((1, 3)), rtol=1e-5)
+    np.testing.assert_allclose(thumbnail(plane, 12), plane, rtol=1e-6)
+    np.testing.assert_allclose(thumbnail(plane, 100), plane, rtol=1e-6)
+    assert thumbnail(np.ones((300, 1)), 112).shape == (112, 1)

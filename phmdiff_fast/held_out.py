@@ -1,0 +1,94 @@
+"""Slices nobody trains on: their figure and their pictures while a training goes on; rows and batches of a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from . import pictures
+from .cache import SliceCache
+from .config import Config
+from .device import autocast
+from .phmdiff import PHMDiff
+from .pyramid import build_pyramid
+
+STRIP_SLICES, LEVEL_SLICES = 4, 2  # in the pictures
+VALIDATION_SLICES = 64  # at most, evenly spaced, for the validation figure of a checkpoint
+VALIDATION_STEPS = 8  # at most, of the sampling steps asked for: a figure in between, not the evaluation
+
+
+def rows_of(cache: SliceCache, subjects: list[str]) -> np.ndarray:
+    """Row numbers (n,) int64 of some subjects' slices."""
+    parts = [np.asarray(cache.rows_of(subject), dtype=np.int64) for subject in subjects]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def spaced(rows: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` of ``rows``, evenly spaced from end to end."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+
+
+def as_tensors(cache: SliceCache, rows: np.ndarray, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(sources (B, Cs, S, S), target (B, 1, S, S), foreground (B, 1, S, S) bool) of cache rows; images in [-1, 1]."""
+    batch = cache.batch(rows)
+    return tuple(torch.from_numpy(batch[name]).to(device) for name in ("sources", "target", "foreground"))
+
+
+@dataclass
+class HeldOut:
+    """Fixed slices nobody trains on, their figure and their pictures."""
+
+    sources: torch.Tensor
+    target: torch.Tensor
+    rows: np.ndarray
+    who: str
+    config: Config
+
+    def look(self, model: PHMDiff, device, dtype, folder: Path, step: int) -> float:
+        """Mean slice PSNR (dB, data range 2) of synthesis in a few steps; draws ``step-N.png`` and ``levels-N.png``."""
+        sample = self.config.sample.model_copy(update={"steps": min(self.config.sample.steps, VALIDATION_STEPS)})
+        with autocast(device, dtype):
+            ids = torch.from_numpy(self.rows).to(device)
+            levels = [level.float() for level in model.translate(self.sources, ids, sample)]
+        made = levels[0]
+        mse = (made - self.target).square().flatten(1).mean(1).clamp_min(1e-12)
+        shown = spaced(np.arange(len(made)), STRIP_SLICES + 2)[1:-1]  # the outermost slices show little
+        shown = shown if len(shown) else np.arange(len(made))
+        truths = build_pyramid(self.target, len(levels))
+        each = 2 * self.config.data.context_slices + 1
+        middle = range(each // 2, self.sources.shape[1], each)  # of neighbouring slices the one itself
+
+        def image(batch: torch.Tensor, i: int, channel: int = 0) -> np.ndarray:
+            return batch[i, channel].cpu().numpy()
+
+        strip_rows = [
+            {
+                "label": f"{self.who} {self.rows[i]}",
+                "source": [image(self.sources, i, channel) for channel in middle],
+                "source_names": [f"source {name}" for name in self.config.data.sources],
+                "synthesized": image(made, i),
+                "truth": image(self.target, i),
+            }
+            for i in shown
+        ]
+        axis = self.config.data.axis
+        pictures.strip(folder / f"step-{step:08d}.png", strip_rows, title=f"step {step}", axis=axis)
+        level_rows = [
+            {"label": row["label"], "estimates": [image(x, i) for x in levels], "truths": [image(x, i) for x in truths]}
+            for row, i in zip(strip_rows[:LEVEL_SLICES], shown, strict=False)
+        ]
+        pictures.levels(folder / f"levels-{step:08d}.png", level_rows, title=f"step {step}, coarse to fine")
+        return float((10 * torch.log10(4 / mse)).mean())
+
+
+def held_out(cache: SliceCache, split: dict[str, list[str]], config: Config, device) -> HeldOut:
+    """Slices of the validation people, else (too few people for any) of the training people."""
+    name = "val" if split["val"] else "train"
+    rows = spaced(rows_of(cache, split[name]), VALIDATION_SLICES)
+    sources, target, _ = as_tensors(cache, rows, device)
+    return HeldOut(sources, target, rows, "held-out slice" if name == "val" else "training slice", config)
