@@ -233,7 +233,9 @@ def _new_files(folder: Path):
 
 
 def _settings(data_config: DataConfig) -> dict:
-    return data_config.model_dump(mode="json", exclude=WITHOUT_EFFECT)
+    uses_window = {*data_config.sources, data_config.target} & set(HU_CONTRASTS)
+    without = WITHOUT_EFFECT if uses_window else {*WITHOUT_EFFECT, "hu_window"}
+    return data_config.model_dump(mode="json", exclude=without)
 
 
 def _file_facts(path: Path, subject: str, contrast: str) -> dict:

@@ -262,6 +262,9 @@ def _fold(text: str | None) -> tuple[int, int] | None:
     fold, slash, folds = text.partition("/")
     if not (slash and fold.isdecimal() and folds.isdecimal()):
         raise PhmdiffError("USAGE", f"--fold {text!r} is not I/K", "write it like 1/5", exit_code=USAGE)
+    if not 1 <= int(fold) <= int(folds) or int(folds) < 2:
+        raise PhmdiffError("USAGE", f"--fold {text} names no fold", f"give 1/{folds} to {folds}/{folds}, of at least 2",
+                           exit_code=USAGE)  # fmt: skip
     return int(fold), int(folds)
 
 

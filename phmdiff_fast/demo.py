@@ -10,6 +10,7 @@ import numpy as np
 
 from . import __version__, pictures
 from .check import check_cohort
+from .check_page import write_check_page
 from .config import build_config
 from .data import discover
 from .errors import USAGE, DataErrors, PhmdiffError
@@ -76,7 +77,8 @@ def run_demo(
 ) -> Path:  # fmt: skip
     """Simulate patients, check, train T1 -> T2, sample, evaluate with baselines; returns the page's path.
 
-    Everything lies under ``out``: cohort/ (BraTS layout), run/, synthesized/, table.json, index.html.
+    Everything lies under ``out``: cohort/ (BraTS layout), check.html, run/, synthesized/, table.json,
+    index.html.
     Raises PhmdiffError; NEED_EXTRA (exit 8) where nilearn is missing.
     """
     out = Path(out)
@@ -87,7 +89,9 @@ def run_demo(
         simulate_cohort(out / "cohort", num_subjects=num_subjects, seed=seed, progress=lambda *_: meter.update())
 
     say("2/5 checking the cohort")
-    report = check_cohort(discover(out / "cohort"), contrasts=["t1", "t2"])
+    cohort = discover(out / "cohort")
+    report = check_cohort(cohort, contrasts=["t1", "t2"], views=True)
+    write_check_page(out / "check.html", cohort_root=cohort.root, layout=cohort.layout, report=report)
     if report.problems:
         raise DataErrors(report.problems)
 
@@ -111,6 +115,8 @@ def run_demo(
 
     (out / "pictures").mkdir()
     strips = draw_cases(result, out / "pictures")
+    by_level = out / "run" / "pictures" / f"levels-{run.found.step:08d}.png"
+    strips.append(("Two slices of a validation person at every level of the pyramid, coarse to fine", by_level))
     curves = out / "pictures" / "curves.png"
     pictures.curves(curves, read_log(out / "run" / "log.jsonl"))
     seconds = run.found.manifest["seconds"]

@@ -146,10 +146,15 @@ def stack_context(slices: np.ndarray, k: int) -> np.ndarray:
     return np.ascontiguousarray(stacked).reshape(count, sources * (2 * k + 1), *sides)
 
 
-def thumbnail(plane: np.ndarray, side: int) -> np.ndarray:
-    """(H, W) -> float32, averaged by area until the longer side is at most ``side``; a small plane stays as it is."""
-    shrink = min(1.0, side / max(plane.shape))
-    rows, columns = (area_matrix(n, max(1, round(n * shrink))) for n in plane.shape)
+def thumbnail(plane: np.ndarray, side: int, spacing: tuple[float, float] = (1.0, 1.0)) -> np.ndarray:
+    """(H, W) -> float32 with square pixels, averaged by area until the longer side is at most ``side``.
+
+    spacing : mm (or any unit) between rows and between columns. A small plane keeps its finer axis as it
+    is; only the coarser one gets more pixels than it had.
+    """
+    length = [n * step / min(spacing) for n, step in zip(plane.shape, spacing, strict=True)]  # in the finer step
+    shrink = min(1.0, side / max(length))
+    rows, columns = (area_matrix(n, max(1, round(m * shrink))) for n, m in zip(plane.shape, length, strict=True))
     return rows @ plane.astype(np.float32) @ columns.T
 
 

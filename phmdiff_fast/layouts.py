@@ -59,8 +59,8 @@ def discover(path: str | Path) -> Cohort:
 
     Raises PhmdiffError (exit 3): DATA_EMPTY where no layout fits, DUPLICATE for two files of one
     subject and contrast or one SynthRAD subject in two folders, BAD_ID for a subject name outside
-    ``[A-Za-z0-9._-]{1,128}``, UNREADABLE, PATH_OUTSIDE for a link to a folder outside ``path``; for
-    a list also CSV_FORMAT and PATH_OUTSIDE (every bad row, as DataErrors).
+    ``[A-Za-z0-9._-]{1,128}``, UNREADABLE; for a list also CSV_FORMAT and PATH_OUTSIDE (every bad row,
+    as DataErrors).
     """
     path = Path(path)
     if path.suffix.lower() == ".csv" and not path.is_dir():
@@ -113,26 +113,24 @@ def _folder_name(folder: Path) -> str:
 def _walk(root: Path) -> Iterator[tuple[Path, int, list[str]]]:
     """(folder, depth below the root, names in it that are no folders), parents first, sorted by name.
 
-    Ends at MAX_DEPTH and at MAX_FOLDERS. A link to a folder is followed only inside the root.
+    Ends at MAX_DEPTH and at MAX_FOLDERS. A linked folder is looked into, as people link subjects from other
+    disks; its folders are too only if it lies inside the root, so that a link to ``/`` ends there.
     """
     inside = os.path.realpath(root)
-    level, count = [root], 0
+    level, count = [(root, True)], 0
     for depth in range(MAX_DEPTH + 1):
         below = []
-        for folder in level:
+        for folder, descend in level:
             count += 1
             if count > MAX_FOLDERS:
                 raise PhmdiffError("DATA_EMPTY", f"has more than {MAX_FOLDERS} folders below it",
                                    "give the folder of the scans themselves", file=root)  # fmt: skip
             folders, names = _listing(folder)
             yield folder, depth, names
-            for name, is_link in folders:
-                if name in NOT_DESCENDED:
-                    continue
-                if is_link and not Path(os.path.realpath(folder / name)).is_relative_to(inside):
-                    raise PhmdiffError("PATH_OUTSIDE", "is a link to a folder outside the one given",
-                                       "copy the folder, or link its files one by one", file=folder / name)  # fmt: skip
-                below.append(folder / name)
+            for name, is_link in folders if descend else ():
+                if name not in NOT_DESCENDED:
+                    outside = is_link and not Path(os.path.realpath(folder / name)).is_relative_to(inside)
+                    below.append((folder / name, not outside))
         level = below
 
 

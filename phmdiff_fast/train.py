@@ -229,12 +229,14 @@ def train(
         model.train()
         log.write(json.dumps({"step": step, "seconds": round(seconds(), 3), "val_psnr": psnr}) + "\n")
         picture = out / "pictures" / f"step-{step:08d}.png"
-        say(f"step {step}, {seconds():.0f} s: {watched.who}s {psnr:.2f} dB; picture {picture}")
+        say(f"step {step}, {seconds():.0f} s: {watched.who}s {psnr:.2f} dB "
+            f"(lookup table {watched.reference:.2f}); picture {picture}")  # fmt: skip
         groups = {"model": model.state_dict(), "ema": ema.state_dict(),
                   "optimizer": checkpoint.optimizer_tensors(optimizer, model)}  # fmt: skip
         checkpoint.save(out / "checkpoints", step, groups,
                         {"seconds": seconds(), "version": __version__, "val_psnr": psnr}, keep=tc.keep)  # fmt: skip
-        pictures.curves(out / "pictures" / "curves.png", read_log(out / "log.jsonl"))
+        pictures.curves(out / "pictures" / "curves.png", read_log(out / "log.jsonl"),
+                        reference={"lookup table": watched.reference})  # fmt: skip
 
     try:
         while (share := budget.share(step, seconds())) < 1:

@@ -46,10 +46,11 @@ class Shown:
         known = ((at >= 0) & (at < np.array(self.foreground.shape)[:, None])).all(0)
         inside = np.zeros(x.size, np.float32)
         inside[known] = self.foreground[tuple(at[:, known])]
+        across = tuple(np.linalg.norm(volume.affine[:3, :2], axis=0))
         plane = _grey(contrast, volume.voxels, volume.voxels[:, :, z])
         return View(
-            image=np.rot90(np.rint(255 * thumbnail(plane, SIDE))).astype(np.uint8),
-            inside=np.rot90(thumbnail(inside.reshape(x.shape), SIDE) >= 0.5),
+            image=np.rot90(np.rint(255 * thumbnail(plane, SIDE, across))).astype(np.uint8),
+            inside=np.rot90(thumbnail(inside.reshape(x.shape), SIDE, across) >= 0.5),
         )
 
 

@@ -514,3 +514,15 @@ def test_memory_does_not_grow_with_the_number_of_subjects(tmp_path):
         finally:
             tracemalloc.stop()
     assert peaks[2] < peaks[1] * 1.25 + 40_000, peaks  # the index takes about 2 kB a subject
+
+
+def test_the_hu_window_makes_only_a_cache_with_ct_stale(cohort, tmp_path):
+    narrow = CONFIG.model_copy(update={"hu_window": (-500.0, 500.0)})
+    SliceCache.build(tmp_path / "mr", cohort, SUBJECTS, CONFIG)
+    assert SliceCache.open(tmp_path / "mr", cohort, SUBJECTS, narrow).scaling("anna", "t1").hi > 500
+    for number, subject in enumerate(SUBJECTS):
+        save(tmp_path / "data" / subject / f"{subject}_ct.nii.gz", scan(number) - 1000)
+    with_ct, cohort = CONFIG.model_copy(update={"target": "ct"}), discover(tmp_path / "data")
+    SliceCache.build(tmp_path / "ct", cohort, SUBJECTS, with_ct)
+    asked = with_ct.model_copy(update={"hu_window": (-500.0, 500.0)})
+    assert "hu_window" in refused(SliceCache.open, tmp_path / "ct", cohort, SUBJECTS, asked).what

@@ -418,3 +418,13 @@ def test_translate_takes_paths_and_images_and_equals_sample(trained, tiny_cohort
         assert caught.value.code == code
     with pytest.raises(PhmdiffError, match="steps"):
         run.translate({"t1": path}, steps=0)
+
+
+def test_the_papers_preset_trains_and_its_sampling_settings_hold(tiny_cohort, tmp_path):
+    run, out = tmp_path / "r", tmp_path / "o"
+    assert cli("train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", run, "--preset", "paper", "--steps",
+               2, "--image-size", 24, "--quiet", *TINY, "--set", "sample.steps=6") == 0  # fmt: skip
+    assert cli("sample", run, tiny_cohort / "p0", "--out", out, "--quiet") == 0
+    assert cli("sample", run, tiny_cohort / "p1", "--out", out, "--steps", 2, "--sampler", "ddim", "--quiet") == 0
+    told = [json.loads((out / f"p{i}_t2_syn.json").read_text()) for i in (0, 1)]
+    assert [(t["sampler"], t["steps"]) for t in told] == [("ddpm", 6), ("ddim", 2)]

@@ -141,7 +141,7 @@ def test_folds_test_everybody_once_and_copies_are_refused(tmp_path, capsys):
         assert cli(*train, "--out", run, "--fold", fold) == 0
         tested += json.loads((run / "split.json").read_text())["test"]
     assert sorted(tested) == sorted(PEOPLE)
-    for bad, says in (("0/3", "fold"), ("4/3", "fold"), ("one", "I/K"), ("1/9", "fold")):
+    for bad, says in (("0/3", "1/3 to 3/3"), ("4/3", "1/3 to 3/3"), ("one", "I/K"), ("1/9", "9 folds")):
         assert cli(*train, "--out", tmp_path.parent / "bad", "--fold", bad) != 0
         assert says in capsys.readouterr().err
     # A copy under another name, other units and another orientation is the same person.

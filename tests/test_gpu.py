@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phmdiff_fast.config import LevelSpec, ModelConfig, TrainConfig
+from phmdiff_fast.config import LevelSpec, ModelConfig, SampleConfig, TrainConfig
 from phmdiff_fast.kernels import _philox
 from phmdiff_fast.kernels.patch_mask import draw_mask
 from phmdiff_fast.phmdiff import PHMDiff
@@ -29,10 +29,18 @@ def test_normals_agree_to_2e_6():
     assert float((a - b).abs().max()) <= 2e-6
 
 
+OPTIONS = {
+    "default": {},
+    "teacher": dict(prediction="v", coarse="teacher", learn_variance=True, schedule="cosine"),
+    "diffmae": dict(reading="diffmae", coupling="cascade", drop_background=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("masked", [True, False])
-def test_the_loss_and_its_gradient_are_those_of_the_cpu(masked):
+def test_the_loss_and_its_gradient_are_those_of_the_cpu(masked, name):
     torch.manual_seed(0)
-    model = PHMDiff(SMALL, 1)
+    model = PHMDiff(SMALL.model_copy(update=OPTIONS[name]), 1)
     for p in model.parameters():
         if p.abs().sum() == 0:
             torch.nn.init.normal_(p, std=0.05)
@@ -43,7 +51,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_cpu(masked):
         model.net._positions.clear()
         model.zero_grad()
         ids = torch.arange(4, device=device)
-        terms = model.loss(target.to(device), source.to(device), ids, (0, 1), TrainConfig(), masked=masked)
+        terms = model.loss(target.to(device), source.to(device), ids, (0, 1), TrainConfig(), masked=masked,
+                           foreground=(source > -0.9).to(device))  # fmt: skip
         terms.total.backward()
         found.append(
             (terms.denoise.cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None})
@@ -52,6 +61,19 @@ def test_the_loss_and_its_gradient_are_those_of_the_cpu(masked):
     assert found[0][1].keys() == found[1][1].keys()
     for name, gradient in found[0][1].items():
         assert float((gradient - found[1][1][name]).norm()) <= 2e-2 * float(gradient.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_synthesis_is_that_of_the_cpu(sampler):
+    torch.manual_seed(0)
+    model = PHMDiff(SMALL.model_copy(update={"learn_variance": True}), 1).eval()
+    source, made = torch.rand(2, 1, 32, 32) * 2 - 1, []
+    for device in ("cpu", "cuda"):
+        model = model.to(device)
+        model.net._positions.clear()
+        ids = torch.arange(2, device=device)
+        made.append(model.translate(source.to(device), ids, SampleConfig(steps=4, sampler=sampler))[0].cpu())
+    torch.testing.assert_close(made[0], made[1], rtol=1e-3, atol=1e-3)
 
 
 def test_bf16_training_falls():

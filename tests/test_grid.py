@@ -377,3 +377,9 @@ def test_a_thumbnail_averages_and_never_enlarges():
     np.testing.assert_allclose(thumbnail(plane, 12), plane, rtol=1e-6)
     np.testing.assert_allclose(thumbnail(plane, 100), plane, rtol=1e-6)
     assert thumbnail(np.ones((300, 1)), 112).shape == (112, 1)
+
+
+def test_a_thumbnail_has_square_pixels():
+    plane = np.arange(8.0).reshape(4, 2)
+    assert np.array_equal(thumbnail(plane, 50, (1.0, 2.0)), plane.repeat(2, 1))  # 4 mm x 4 mm
+    assert thumbnail(np.ones((100, 30)), 50, (0.5, 5.0)).shape == (17, 50)  # 50 mm x 150 mm

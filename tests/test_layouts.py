@@ -162,13 +162,14 @@ def test_a_synthrad_name_is_checked(tmp_path):
     assert (problem.code, "'my data'" in problem.what) == ("BAD_ID", True)
 
 
-def test_a_linked_folder_is_followed_only_inside(tmp_path):
+def test_a_linked_subject_counts_but_a_linked_tree_only_inside(tmp_path):
     touch(tmp_path / "out" / "1BA002" / "mr.mha", tmp_path / "in" / "store" / "x" / "y" / "z" / "1BA001" / "mr.mha")
     (tmp_path / "in" / "brain").symlink_to("store/x/y/z")
     assert names(discover(tmp_path / "in")) == {"1BA001": {"mr": "mr.mha"}}
-    (tmp_path / "in" / "more").symlink_to(tmp_path / "out")
-    problem = refused(discover, tmp_path / "in")
-    assert (problem.code, problem.file) == ("PATH_OUTSIDE", str(tmp_path / "in" / "more"))
+    (tmp_path / "in" / "tree").symlink_to(tmp_path / "out")  # not walked
+    assert list(discover(tmp_path / "in").files) == ["1BA001"]
+    (tmp_path / "in" / "1BA002").symlink_to(tmp_path / "out" / "1BA002")
+    assert list(discover(tmp_path / "in").files) == ["1BA001", "1BA002"]
 
 
 def test_links_in_a_circle_end(folder):
