@@ -362,7 +362,6 @@ def test_a_changed_file_makes_it_stale(cache, cohort, tmp_path, change, told):
         (SUBJECTS, {"target": "flair"}, "target 't2' -> 'flair'"),
         (SUBJECTS, {"context_slices": 1}, "context_slices 0 -> 1"),
         (SUBJECTS, {"axis": "coronal"}, "axis 'axial' -> 'coronal'"),
-        (SUBJECTS, {"hu_window": (-1000.0, 2000.0)}, "hu_window"),
     ],
 )
 def test_ensure_rebuilds_for_other_settings(cache, cohort, tmp_path, subjects, changes, told):
