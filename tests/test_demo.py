@@ -18,7 +18,8 @@ def test_from_nothing_to_one_page(tmp_path):
     text = page.read_text()
     assert "simulated" in text
     assert "never for diagnosis" in text
-    assert text.count("data:image/png;base64,") == 2  # one test person's strip and the curves
+    assert text.count("data:image/png;base64,") == 3  # one test person's strip, the levels and the curves
+    assert (out / "check.html").read_text().count("<img") == 10  # five people, two contrasts
     assert "http://" not in text
     assert "https://" not in text
     rows = json.loads((out / "table.json").read_text())["rows"]
