@@ -2,9 +2,9 @@
 
     python -m benchmarks.probe --data DATA --split SPLIT.json --minutes 3 --out results.jsonl
 
-One change to preset xs at a time (ROWS); the U-Net with its L1 loss stands beside. Nothing else may run
-on the machine meanwhile: wall-clock is the budget. A row already in --out is skipped, so that a broken
-series goes on; every row names its seed, steps and steps per second.
+One change at a time to BASE, which is preset xs as it was before the probe; the U-Net with its L1 loss
+stands beside. Nothing else may run on the machine meanwhile: wall-clock is the budget. A row already in
+--out is skipped, so that a broken series goes on; every row tells its steps and steps per second (seed 0).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from phmdiff_fast.generate import load
 from phmdiff_fast.held_out import rows_of
 from phmdiff_fast.train import open_cache, train
 
+BASE = {"model": {"patch": 4, "stem": True}, "train": {"mmd_weight": 0.05}}
 FLAT = [{"mask_ratio": 0.0}] * 3
-# name -> (settings over preset xs, sampling steps at which it is scored)
+# name -> (settings over BASE, sampling steps at which it is scored)
 ROWS: dict[str, tuple[dict, tuple[int, ...]]] = {
     "base": ({}, (1,)),
     "no stem": ({"model": {"stem": False}}, (1,)),
@@ -43,6 +44,7 @@ ROWS: dict[str, tuple[dict, tuple[int, ...]]] = {
     "decoder depth 1": ({"model": {"decoder_depth": 1}}, (1,)),
     "teacher": ({"model": {"coarse": "teacher"}}, (1,)),
     "no mmd": ({"train": {"mmd_weight": 0.0}}, (1,)),
+    "patch 8, no stem, no mmd": ({"model": {"patch": 8, "stem": False}, "train": {"mmd_weight": 0.0}}, (1,)),
 }
 UNET = "U-Net L1"
 HEADS = ("row", "sampling steps", "PSNR", "SSIM", "brain PSNR", "steps", "steps/s", "parameters")
@@ -50,7 +52,7 @@ HEADS = ("row", "sampling steps", "PSNR", "SSIM", "brain PSNR", "steps", "steps/
 
 def score_model(data: Path, split: Path, minutes: float, over: dict, sampling: tuple[int, ...]) -> list[dict]:
     """Train one row; a dict for each number of sampling steps."""
-    config = build_config("xs", over, {"train": {"minutes": minutes, "checkpoint_every": 1e6},
+    config = build_config("xs", BASE, over, {"train": {"minutes": minutes, "checkpoint_every": 1e6},
                                        "data": {"skip_incomplete": True}})  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         run = load(train(data, Path(folder) / "run", config, split_file=split, progress=False))

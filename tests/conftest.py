@@ -17,8 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL = Path(os.environ.get("PHMDIFF_REAL_DATA", ROOT.parent / "shared" / "data" / "brain"))
 
 TINY = [f"model.{k}={v}" for k, v in dict(depth=1, width=32, heads=2, decoder_depth=1, decoder_width=16,
-                                          decoder_heads=2, stem_width=8, head_width=8).items()]  # fmt: skip
-TINY = [part for item in [*TINY, "train.batch_size=4", "train.precision=fp32"] for part in ("--set", item)]
+                                          decoder_heads=2, stem="true", stem_width=8, head_width=8,
+                                          patch=4).items()]  # fmt: skip
+TINY = [
+    part
+    for item in [*TINY, "train.batch_size=4", "train.mmd_weight=0.05", "train.precision=fp32"]
+    for part in ("--set", item)
+]
 
 
 def cli(*arguments) -> int:
