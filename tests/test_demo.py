@@ -19,7 +19,7 @@ def test_from_nothing_to_one_page(tmp_path):
     assert "simulated" in text
     assert "never for diagnosis" in text
     assert text.count("data:image/png;base64,") == 3  # one test person's strip, the levels and the curves
-    assert (out / "check.html").read_text().count("<img") == 10  # five people, two contrasts
+    assert (out / "check.html").read_text().count("<img") == 15  # five people: T1, T2 and the lesions
     assert "http://" not in text
     assert "https://" not in text
     rows = json.loads((out / "table.json").read_text())["rows"]
