@@ -291,5 +291,5 @@ def build_config(preset: str = "xs", *overrides: dict[str, Any], file=None) -> C
         key = ".".join(str(part) for part in first["loc"])
         given = first.get("input")
         detail = f"{key} = {given!r}: " if not isinstance(given, dict) else f"{key}: "
-        raise PhmdiffError("CONFIG_VALUE", detail + first["msg"], "correct the setting",
+        raise PhmdiffError("CONFIG_VALUE", detail + first["msg"].removeprefix("Value error, "), "correct the setting",
                            exit_code=USAGE, file=file) from None  # fmt: skip
