@@ -367,3 +367,17 @@ def test_preset_paper_is_the_papers():
     assert (m.prediction, m.stem, m.head, m.scale_state) == ("eps", False, False, False)
     assert (t.lr, t.batch_size, t.weight_decay, t.mmd_weight, t.mmd_kernel) == (1e-6, 10, 0, 0.5, "paper")
     assert (t.betas, t.min_lr_ratio, t.warmup_steps, t.last_t_share) == ((0.9, 0.999), 1, 0, 0)
+
+
+def test_every_step_of_ddpm_draws_noise_of_its_own(monkeypatch):
+    model, drawn = awake().eval(), []
+    real = _philox.normals
+
+    def normals(sample_ids, num, *, rng, stream):
+        drawn.append((rng, stream))
+        return real(sample_ids, num, rng=rng, stream=stream)
+
+    monkeypatch.setattr(_philox, "normals", normals)
+    model.translate(images()[0], torch.arange(4), SampleConfig(steps=3, sampler="ddpm", seed=7))
+    # The start and two steps (the last adds none), for each of the three levels.
+    assert drawn == [((7, step), 1 + level) for step in range(3) for level in range(3)]
