@@ -8,7 +8,6 @@ drawing over the picture (SVG), each written once a row: sharp at any zoom, gone
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from .errors import PhmdiffError
 from .files import refuse_existing, whole_file
+from .html_page import FOOT, HEAD, escaped
 from .layouts import CONTRASTS, LABELS
 
 THUMB = 112  # longer side of a picture, pixels
@@ -34,7 +34,7 @@ LOOK_FOR = (
 def write_check_page(
     path: str | Path, *, cohort_root: str | Path, layout: str, report, overwrite: bool = False
 ) -> Path:  # fmt: skip
-    """All subjects of ``report`` (``data.CheckReport`` with ``views``), those with problems first; text is escaped.
+    """All subjects of ``report`` (``check.CheckReport`` with ``views``), those with problems first; text is escaped.
 
     report : ``rows`` (dicts with subject, contrast, shape, spacing in mm, orientation), ``problems``
         (PhmdiffError), ``notes`` (str) and ``views``: subject -> contrast -> an object with ``image``
@@ -65,25 +65,24 @@ def _parts(cohort_root: str, layout: str, report) -> Iterator[str]:
     contrasts = [c for c in CONTRASTS if c in present] + sorted(present - set(CONTRASTS))
 
     title = f"Check of {Path(cohort_root).name or cohort_root}"
-    yield _HEAD.format(title=_text(title), style=_STYLE)
+    yield HEAD.format(title=escaped(title), style=_STYLE)
     facts = [("Cohort", cohort_root), ("Subjects", f"{len(subjects):,}"), ("Layout", layout),
              ("Contrasts", ", ".join(contrasts)), ("Problems", _count(len(report.problems), problems)),
              ("Notes", len(report.notes))]  # fmt: skip
-    shown = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
-    yield f'<header><h1>{_text(title)}</h1><dl class="facts">{shown}</dl>\n'
-    yield "".join(f'<p class="problem">{_text(problem.line())}</p>\n' for problem in problems.get(None, []))
+    shown = "".join(f"<div><dt>{name}</dt><dd>{escaped(value)}</dd></div>" for name, value in facts)
+    yield f'<header><h1>{escaped(title)}</h1><dl class="facts">{shown}</dl>\n'
+    yield "".join(f'<p class="problem">{escaped(problem.line())}</p>\n' for problem in problems.get(None, []))
     if report.notes:
-        items = "".join(f"<li>{_text(note)}</li>" for note in report.notes)
+        items = "".join(f"<li>{escaped(note)}</li>" for note in report.notes)
         yield f'<h2>Notes</h2><ul class="notes">{items}</ul>\n'
-    yield f'<p class="look">{_text(LOOK_FOR)}</p></header>\n'
+    yield f'<p class="look">{escaped(LOOK_FOR)}</p></header>\n'
 
-    heads = "".join(f'<th scope="col">{_text(contrast)}</th>' for contrast in contrasts)
+    heads = "".join(f'<th scope="col">{escaped(contrast)}</th>' for contrast in contrasts)
     yield f'<table><thead><tr><th scope="col">Subject</th>{heads}</tr></thead>\n<tbody>\n'
     for number, subject in enumerate(subjects):
         yield _line(number, subject, contrasts, rows.get(subject, {}), report.views.get(subject, {}),
                     problems.get(subject, []))  # fmt: skip
-    yield "</tbody></table>\n<footer>Written by phmdiff-fast. Research use only, never a diagnosis.</footer>\n"
-    yield "</body>\n</html>\n"
+    yield f"</tbody></table>\n{FOOT}"
 
 
 def _count(problems: int, by_subject: dict) -> str:
@@ -111,13 +110,13 @@ def _line(number: int, subject: str, contrasts: list[str], rows: dict, views: di
                 outline = outlines.setdefault(path, f"o{number}-{len(outlines)}")
             shown = _picture(view.image, f"{subject} {contrast}", outline)
         if row is not None and first in rows and (differing := _differing(row, rows[first])):
-            shown += f'<small class="differs">{_text(" · ".join(differing))}</small>'
+            shown += f'<small class="differs">{escaped(" · ".join(differing))}</small>'
         cells.append(("<td>", '<td class="bad">')[concerned] + shown + "</td>")
 
-    head = f"<b>{_text(subject)}</b>"
+    head = f"<b>{escaped(subject)}</b>"
     if first in rows:
-        head += f"<small>{_text(' · '.join([f'first: {first}', *_facts(rows[first]).values()]))}</small>"
-    head += "".join(f'<p class="problem">{_text(problem.line())}</p>' for problem in problems)
+        head += f"<small>{escaped(' · '.join([f'first: {first}', *_facts(rows[first]).values()]))}</small>"
+    head += "".join(f'<p class="problem">{escaped(problem.line())}</p>' for problem in problems)
     if outlines:
         paths = "".join(f'<path id="{name}" d="{path}"/>' for path, name in outlines.items())
         head += f'<svg width="0" height="0" aria-hidden="true">{paths}</svg>'
@@ -130,7 +129,7 @@ def _picture(image: np.ndarray, alt: str, outline: str | None) -> str:
     over = f'<svg viewBox="0 0 {width} {height}" aria-hidden="true"><use href="#{outline}"/></svg>' if outline else ""
     return (
         f'<div class="pic" style="width:{width}px"><img src="{_thumbnail(image, (width, height))}" width="{width}" '
-        f'height="{height}" alt="{_text(alt)}" loading="lazy" decoding="async">{over}</div>'
+        f'height="{height}" alt="{escaped(alt)}" loading="lazy" decoding="async">{over}</div>'
     )
 
 
@@ -182,21 +181,6 @@ def _outline(inside: np.ndarray, size: tuple[int, int]) -> str:
             out.append(f"M{x} {y}{command}{stop - start}")
     return "".join(out)
 
-
-def _text(value) -> str:
-    return html.escape(str(value), quote=True)
-
-
-_HEAD = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-"""
 
 # The page itself scrolls to the side, so that head and first column can both stay in sight.
 _STYLE = """

@@ -8,13 +8,13 @@ that two equal figures are both marked.
 from __future__ import annotations
 
 import base64
-import html
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import IO, PhmdiffError
 from .files import refuse_existing, whole_file
+from .html_page import FOOT, HEAD, escaped
 
 METHOD_NAMES = {"ours": "PHMDiff (ours)", "lookup": "value lookup table", "unet_l1": "U-Net, L1 loss"}
 # metric -> (head, decimals, whether more is better)
@@ -95,12 +95,12 @@ def write_demo_page(
     """
     path = Path(path)
     refuse_existing(path, overwrite)
-    parts = [f"<header><h1>{_text(title)}</h1></header>"]
+    parts = [f"<header><h1>{escaped(title)}</h1></header>"]
     if notes:
-        items = "".join(f"<p>{_text(note)}</p>" for note in notes)
+        items = "".join(f"<p>{escaped(note)}</p>" for note in notes)
         parts.append(f'<aside class="banner" role="note">{items}</aside>')
     if facts:
-        items = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts)
+        items = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in facts)
         parts.append(f'<section><dl class="facts">{items}</dl></section>')
     if table_rows:
         parts.append(_html_tables(table_rows))
@@ -110,7 +110,8 @@ def write_demo_page(
     if curves_png is not None:
         figure = _figure("Training loss and validation score over optimizer steps.", curves_png, "training curves")
         parts.append(f'<section class="narrow"><h2>Training</h2>{figure}</section>')
-    page = _PAGE.format(title=_text(title), style=_STYLE, body="\n".join(parts))
+    body = "\n".join(parts)
+    page = f"{HEAD.format(title=escaped(title), style=_STYLE)}<main>\n{body}\n</main>\n{FOOT}"
     with whole_file(path) as file:
         file.write(page.encode())
     return path
@@ -169,33 +170,29 @@ def _cell(row: dict | None, metric: str, best: str | None) -> _Cell:
     return _Cell(mean + spread, mean == best)
 
 
-def _text(value) -> str:
-    return html.escape(str(value), quote=True)
-
-
 def _markdown(text: str) -> str:
     return str(text).replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 
 def _html_tables(table_rows: list[dict]) -> str:
     metrics = _metrics(table_rows)
-    heads = "".join(f'<th scope="col" class="number">{_text(METRICS[metric][0])}</th>' for metric in metrics)
+    heads = "".join(f'<th scope="col" class="number">{escaped(METRICS[metric][0])}</th>' for metric in metrics)
     bodies = []
     for table in _tables(table_rows):
         lines = [f'<tr class="protocol"><th scope="rowgroup" colspan="{len(metrics) + 2}">'
-                 f"Protocol {_text(table.protocol)}</th></tr>"]  # fmt: skip
+                 f"Protocol {escaped(table.protocol)}</th></tr>"]  # fmt: skip
         for name, n, cells in table.lines:
+            figures = ((escaped(cell.text), cell.best) for cell in cells)
             shown = "".join(
-                f'<td class="number">{f"<strong>{_text(cell.text)}</strong>" if cell.best else _text(cell.text)}</td>'
-                for cell in cells
+                f'<td class="number">{f"<strong>{text}</strong>" if best else text}</td>' for text, best in figures
             )
-            lines.append(f'<tr><th scope="row">{_text(name)}</th>{shown}<td class="number">{_text(n)}</td></tr>')
+            lines.append(f'<tr><th scope="row">{escaped(name)}</th>{shown}<td class="number">{escaped(n)}</td></tr>')
         bodies.append("<tbody>" + "".join(lines) + "</tbody>")
     return (
         '<section><h2>Scores</h2><div class="scroll"><table><thead><tr><th scope="col">Method</th>'
         f'{heads}<th scope="col" class="number">n</th></tr></thead>{"".join(bodies)}</table></div>'
         '<p class="small">Mean ± standard deviation over n test subjects; the best of each protocol in bold. '
-        f"Higher is better for PSNR and SSIM, lower for MAE{_text(_units(table_rows))}.</p></section>"
+        f"Higher is better for PSNR and SSIM, lower for MAE{escaped(_units(table_rows))}.</p></section>"
     )
 
 
@@ -206,27 +203,10 @@ def _figure(caption: str, picture: str | Path, alt: str) -> str:
         raise PhmdiffError("PICTURE", f"a picture of the page cannot be read ({problem.strerror})",
                            "draw it first", exit_code=IO, file=picture) from None  # fmt: skip
     return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{_text(alt)}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
+        f'<figure><img src="data:image/png;base64,{data}" alt="{escaped(alt)}">'
+        f"<figcaption>{escaped(caption)}</figcaption></figure>"
     )
 
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<footer>Written by phmdiff-fast. Research use only, never a diagnosis.</footer>
-</body>
-</html>
-"""
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --tint: #f6f8fa; --accent: #0b5cad; }

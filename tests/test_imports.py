@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # -> kernels and the extension. A module may import from strictly lower ranks only.
 RANKS = [
     ["errors"],
-    ["config", "progress", "files"],
+    ["config", "progress", "files", "html_page"],
     ["kernels._impl", "kernels._philox"],
     ["kernels.patch_mask", "kernels.adaln", "kernels.mmd"],
     ["pyramid", "attention", "nifti", "grid", "device", "curves"],
