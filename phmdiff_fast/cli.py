@@ -160,7 +160,7 @@ def sample(run, inputs, out, steps, sampler, seed, batch_size, overwrite, device
     from .generate import sample as synthesize_all
 
     opened = load(run, device=device, warn=_warn)
-    settings = _sample_settings(opened, steps=steps, sampler=sampler, seed=seed, batch_size=batch_size)
+    settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed, batch_size=batch_size)
     with bar(len(inputs), "synthesizing", not quiet) as meter:
 
         def count(subject: str, done: int, total: int) -> None:
@@ -196,7 +196,7 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, s
     if json_file is not None:
         refuse_existing(json_file, overwrite)  # before the long work, not after it
     opened = load(run, device=device, warn=_warn)
-    settings = _sample_settings(opened, steps=steps, sampler=sampler, seed=seed)
+    settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed)
     with share_bar("training the U-Net baseline", baselines and not quiet) as meter:
         result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
                        baselines=baselines, progress=meter.at)  # fmt: skip
@@ -245,14 +245,6 @@ def _names(items) -> list[str]:
 
 def _warn(line: str) -> None:
     say(f"{line} An older checkpoint is used.")
-
-
-def _sample_settings(run, **given):
-    """The run's own sampling settings, with what was given laid over them."""
-    from .config import build_config
-
-    asked = {key: value for key, value in given.items() if value is not None}
-    return build_config("xs", {"sample": {**run.config.sample.model_dump(), **asked}}).sample
 
 
 def _fold(text: str | None) -> tuple[int, int] | None:

@@ -51,6 +51,11 @@ class Run:
         """ "HU" or "arbitrary", of a synthesized volume."""
         return self.facts.get("units", "arbitrary")
 
+    def sample_settings(self, **over) -> SampleConfig:
+        """The run's own sampling settings, with those given (not None) laid over. Raises PhmdiffError (exit 2)."""
+        given = {key: value for key, value in over.items() if value is not None}
+        return build_config("xs", {"sample": {**self.config.sample.model_dump(), **given}}).sample
+
     def translate(self, images: dict, *, progress=None, **settings):
         """Synthesize the target of one subject: ``run.translate({"t1": "p1_t1.nii.gz"})``.
 
@@ -61,7 +66,7 @@ class Run:
         arbitrary units. ``progress(slices)`` is called after each batch. Raises PhmdiffError (2 a contrast
         that is not a source or a bad setting, 3 data).
         """
-        asked = _settings_over(self.config.sample, settings)
+        asked = self.sample_settings(**settings)
         subject = _subject_of(self, images)
         volume = synthesize(self, subject, asked, progress=progress)
         return to_image(volume, subject.grid)
@@ -160,10 +165,6 @@ def in_own_units(run: Run, volume: np.ndarray, subject: Subject) -> np.ndarray:
         return np.where(subject.foreground, hu, np.float32(window.lo)) if subject.masked else hu
     unit = np.where(subject.foreground, (volume + 1) / 2, 0)
     return (unit.clip(0, 1) * run.facts["median_p995"]).astype(np.float32)
-
-
-def _settings_over(own: SampleConfig, over: dict) -> SampleConfig:
-    return build_config("xs", {"sample": {**own.model_dump(), **over}}).sample
 
 
 def _subject_of(run: Run, images: dict) -> Subject:
