@@ -8,10 +8,19 @@ Shapes: B batch, C target channels, Cs source channels, H x W image, p patch sid
 tokens, K kept, D width, P = p^2 (C + Cs [+ C with coarse]) values of a patch, in the order
 (state, sources, coarse_up) x (row, column), which is that of a flattened Conv2d weight.
 
-Bytes: the floor of ``embed_visible`` reads the kept patches once (4 K p^2 (C + Cs) a sample in
-float32, and the same share of ``coarse`` with its one-pixel halo) and writes K D. The reference
-gathers kept patches of y, eps and sources too, but upsamples all of ``coarse``. Backward keeps
-the gathered patches. Limits: H and W are multiples of p, N < 2^24.
+Bytes a sample, 4 to a pixel and e to a token element. Literal form: all of y, eps, sources and coarse
+read, the merged image (C + Cs + C) H W written and read, N D e written, K D e read and written again.
+Fused, which is the floor: kept patches of y, eps (none where drawn inside) and sources, those of
+coarse with a one-pixel halo, each once; K D e written. The reference gathers kept patches too, but
+upsamples all of ``coarse`` and writes the (K, P) patches. ``restore_tokens``: K D + N D elements.
+
+Backward keeps the inputs, forms the patches again for the weight's gradient (partial sums in fixed
+order, at most 4 % of the bytes) and writes each pixel of the sources' gradient once, 0 where dropped.
+Kernels: _patch_mask_triton.py, _embed_triton.py; registration: _patch_mask_ops.py.
+
+Limits: H and W are multiples of p, N < 2^24. Triton draws masks of up to 16,384 patches (their keys
+lie in one program's registers; beyond, the reference runs) and gives no gradient for y, coarse, abar,
+eps, state_scale or pos of ``embed_visible`` (the reference does).
 """
 
 from __future__ import annotations
@@ -22,8 +31,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _patch_mask_ops as ops
 from . import _philox
 from ._impl import choose
+
+MAX_PATCHES = 16384  # of a sample that Triton draws a mask for
 
 
 def draw_mask_reference(sample_ids, num_patches, num_keep, *, rng, stream=0, drop_first=None):
@@ -107,6 +119,13 @@ def restore_tokens_reference(x, fill, inverse, pos):
     return out if pos is None else out + pos.to(out.dtype)
 
 
+def _device_scalars(rng) -> tuple[int, int, Tensor | None, Tensor | None]:
+    """(seed, step) as integers, 0 where they live on the device, and as tensors, None where they do not."""
+    held = [isinstance(part, Tensor) for part in rng]
+    return (*(0 if t else part for part, t in zip(rng, held, strict=True)),
+            *(part if t else None for part, t in zip(rng, held, strict=True)))  # fmt: skip
+
+
 def draw_mask(
     sample_ids: Tensor, num_patches: int, num_keep: int,
     *, rng, stream: int = 0, drop_first: Tensor | None = None, impl: str | None = None,
@@ -127,13 +146,17 @@ def draw_mask(
 
     Raises ValueError for K outside [0, N] or a wrong shape. Bit-identical on every device.
     """
-    choose("draw_mask", impl)
     if not 0 <= num_keep <= num_patches < 1 << 24:
         raise ValueError(f"draw_mask: need 0 <= num_keep <= num_patches < 2^24, got {num_keep} and {num_patches}")
     if sample_ids.dim() != 1:
         raise ValueError(f"draw_mask: sample_ids must be (B,), got {tuple(sample_ids.shape)}")
     if drop_first is not None and drop_first.shape != (len(sample_ids), num_patches):
         raise ValueError(f"draw_mask: drop_first must be (B, N), got {tuple(drop_first.shape)}")
+    big = f"{num_patches} patches, Triton draws up to {MAX_PATCHES}" if num_patches > MAX_PATCHES else ""
+    seeds = _device_scalars(rng)
+    tensors = {"sample_ids": sample_ids, "drop_first": drop_first, "seed": seeds[2], "step": seeds[3]}
+    if choose("draw_mask", impl, tensors, big) == "triton":
+        return ops.draw_mask(sample_ids, num_patches, num_keep, *seeds, stream, drop_first)
     return draw_mask_reference(sample_ids, num_patches, num_keep, rng=rng, stream=stream, drop_first=drop_first)
 
 
@@ -161,10 +184,9 @@ def embed_visible(
 
     Returns (B, K, D) in weight's dtype, or autocast's. Raises ValueError for shapes that do not fit.
     """
-    choose("embed_visible", impl)
     batch, channels, height, width = y.shape
     merged = channels + sources.shape[1] + (0 if coarse is None else channels)
-    patch = math.isqrt(weight.shape[1] // merged)
+    patch = math.isqrt(weight.shape[1] // max(1, merged))
     if patch * patch * merged != weight.shape[1] or patch == 0:
         raise ValueError(f"embed_visible: weight {tuple(weight.shape)} holds no square patch of {merged} channels")
     if height % patch or width % patch:
@@ -179,10 +201,30 @@ def embed_visible(
         raise ValueError("embed_visible: eps must have y's shape and excludes rng")
     if rng is not None and (sample_ids is None or stream is None):
         raise ValueError("embed_visible: rng needs sample_ids and stream")
-    return embed_visible_reference(
-        y, sources, coarse, abar, keep_ids, weight, bias, pos,
-        eps=eps, rng=rng, sample_ids=sample_ids, stream=stream, state_scale=state_scale,
-    )  # fmt: skip
+    rng_parts = (0, 0, None, None) if rng is None else _device_scalars(rng)
+    tensors = dict(y=y, sources=sources, coarse=coarse, abar=abar, keep_ids=keep_ids, weight=weight, bias=bias, pos=pos,
+                   eps=eps, state_scale=state_scale, sample_ids=sample_ids, seed=rng_parts[2],
+                   step=rng_parts[3])  # fmt: skip
+    if choose("embed_visible", impl, tensors, _without_gradient(tensors)) == "reference":
+        return embed_visible_reference(
+            y, sources, coarse, abar, keep_ids, weight, bias, pos,
+            eps=eps, rng=rng, sample_ids=sample_ids, stream=stream, state_scale=state_scale,
+        )  # fmt: skip
+    if torch.is_autocast_enabled(y.device.type):  # as F.linear: the product is 16-bit. abar is never cast
+        kind = torch.get_autocast_dtype(y.device.type)
+        weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
+    return ops.embed_visible(y, sources, coarse, abar, keep_ids, weight, bias, pos, eps, state_scale,
+                             sample_ids, rng_parts[2], rng_parts[3], *rng_parts[:2], stream or 0,
+                             rng is not None)  # fmt: skip
+
+
+def _without_gradient(tensors: dict[str, Tensor | None]) -> str:
+    """Why the fused form cannot train these inputs; empty if it can."""
+    if torch.is_grad_enabled():
+        for name in ("y", "coarse", "abar", "eps", "state_scale", "pos"):
+            if tensors[name] is not None and tensors[name].requires_grad:
+                return f"{name} needs a gradient, which only the reference gives"
+    return ""
 
 
 def restore_tokens(x: Tensor, fill: Tensor, inverse: Tensor, pos: Tensor | None, *, impl: str | None = None) -> Tensor:
@@ -195,10 +237,11 @@ def restore_tokens(x: Tensor, fill: Tensor, inverse: Tensor, pos: Tensor | None,
 
     Returns (B, N, D) in x's dtype. Raises ValueError for shapes that do not fit.
     """
-    choose("restore_tokens", impl)
     (batch, keep, width), num = x.shape, inverse.shape[1]
     if fill.shape not in ((width,), (batch, num - keep, width)):
         raise ValueError(f"restore_tokens: fill {tuple(fill.shape)} is neither (D,) nor (B, N - K, D)")
     if pos is not None and pos.shape != (num, width):
         raise ValueError(f"restore_tokens: pos {tuple(pos.shape)} is not (N, D) = ({num}, {width})")
+    if choose("restore_tokens", impl, {"x": x, "fill": fill, "inverse": inverse, "pos": pos}) == "triton":
+        return ops.restore_tokens(x, fill, inverse, pos)
     return restore_tokens_reference(x, fill, inverse, pos)

@@ -11,6 +11,9 @@ import pytest
 import torch
 from small_scans import save, scan
 
+if not torch.cuda.is_available():  # before any kernel is imported: without a GPU they run in the interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from phmdiff_fast.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
