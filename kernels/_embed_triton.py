@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _launch, _tl
 from ._patch_mask_triton import sum_rows
 
-dot, philox, normal_pair = _tl.dot, _tl.philox, _tl.normal_pair
+dot, narrow, philox, normal_pair = _tl.dot, _tl.narrow, _tl.philox, _tl.normal_pair
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _rows_of(keep_ids, r, R, K, COLS):
     b = tl.where(inside, r // K, 0).to(tl.int64)
     n = tl.where(inside, r % K, 0)
     if keep_ids is not None:
-        n = tl.load(keep_ids + b * K + n, mask=inside, other=0)
+        n = tl.load(keep_ids + b * K + n, mask=inside, other=0).to(tl.int32)
     return inside, b, n, n // COLS, n % COLS
 
 
@@ -148,10 +148,11 @@ def _embed_forward(
     if STATE_PARTS == 1:
         state, up = _state(y, eps, coarse, abar, state_scale, sample_ids, seed_ptr, step_ptr, seed, step, stream,
                            b, pr, pc, inside, 0, sy, se, sc, stride_id, H, W, HC, WC, C, P, STATE, DRAW)  # fmt: skip
-        state, up = state.to(kind), up.to(kind)
+        state, up = narrow(state, kind), narrow(up, kind)
     if CLEAN_PARTS == 1:
         j, channel, i, q = _columns(0, CLEAN, P)
-        clean = _pixels(sources, b, pr, pc, channel, i, q, ss, inside[:, None] & (j < CS * PP)[None], P).to(kind)
+        clean = _pixels(sources, b, pr, pc, channel, i, q, ss, inside[:, None] & (j < CS * PP)[None], P)
+        clean = narrow(clean, kind)
     for block in range(tl.program_id(1), tl.cdiv(D, BLOCK), tl.num_programs(1)):
         d = block * BLOCK + tl.arange(0, BLOCK)
         acc = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -160,7 +161,7 @@ def _embed_forward(
                 wide, wide_up = _state(y, eps, coarse, abar, state_scale, sample_ids, seed_ptr, step_ptr, seed, step,
                                        stream, b, pr, pc, inside, part * STATE, sy, se, sc, stride_id, H, W, HC, WC,
                                        C, P, STATE, DRAW)  # fmt: skip
-                state, up = wide.to(kind), wide_up.to(kind)
+                state, up = narrow(wide, kind), narrow(wide_up, kind)
             acc = dot(state, _weights(weight, d, D, 0, part * STATE, STATE, C * PP, stride_weight), acc)
             if coarse is not None:
                 acc = dot(up, _weights(weight, d, D, (C + CS) * PP, part * STATE, STATE, C * PP, stride_weight), acc)
@@ -171,7 +172,7 @@ def _embed_forward(
                 j, channel, i, q = _columns(part * CLEAN, CLEAN, P)
                 some = _pixels(sources, b, pr, pc, channel, i, q, ss, inside[:, None] & (j < CS * PP)[None], P)
                 w = _weights(weight, d, D, C * PP, part * CLEAN, CLEAN, CS * PP, stride_weight)
-                acc = dot(some.to(kind), w, acc)
+                acc = dot(narrow(some, kind), w, acc)
         if bias is not None:
             acc += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None]
         both = inside[:, None] & (d < D)[None]
@@ -179,7 +180,25 @@ def _embed_forward(
             at = pos + n.to(tl.int64)[:, None] * stride_pos + d[None]
             acc += tl.load(at, mask=both, other=0.0).to(tl.float32)
         to = out + r.to(tl.int64)[:, None] * D + d[None]
-        tl.store(to, acc.to(out.dtype.element_ty), mask=both)
+        tl.store(to, narrow(acc, out.dtype.element_ty), mask=both)
+
+
+@triton.jit
+def _kahan(acc, term, lost):
+    """(acc + term, what rounding lost): the error of a float32 sum does not grow with its length."""
+    term -= lost
+    total = acc + term
+    return total, (total - acc) - term
+
+
+@triton.jit
+def _add_product(a, b, acc, lost, KAHAN: tl.constexpr):
+    """(acc + a @ b, what rounding lost)."""
+    if KAHAN:
+        acc, lost = _kahan(acc, dot(a, b, tl.zeros_like(acc)), lost)
+    else:
+        acc = dot(a, b, acc)
+    return acc, lost
 
 
 @triton.jit(do_not_specialize=["seed", "step", "stream", "R", "K"])
@@ -200,41 +219,42 @@ def _embed_weights(
     part, split = tl.program_id(1), tl.program_id(2)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     kind = grad.dtype.element_ty
-    of_state = tl.zeros((BLOCK, STATE), tl.float32)
-    of_up = tl.zeros((BLOCK, STATE), tl.float32)
-    of_clean = tl.zeros((BLOCK, CLEAN), tl.float32)
-    of_bias = tl.zeros((BLOCK,), tl.float32)
+    KAHAN: tl.constexpr = kind == tl.float32
+    of_state, lost_state = tl.zeros((BLOCK, STATE), tl.float32), tl.zeros((BLOCK, STATE), tl.float32)
+    of_up, lost_up = tl.zeros((BLOCK, STATE), tl.float32), tl.zeros((BLOCK, STATE), tl.float32)
+    of_clean, lost_clean = tl.zeros((BLOCK, CLEAN), tl.float32), tl.zeros((BLOCK, CLEAN), tl.float32)
+    of_bias, lost_bias = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     share = tl.cdiv(tl.cdiv(R, ROWS), tl.num_programs(2))
     for tile in range(split * share, tl.minimum((split + 1) * share, tl.cdiv(R, ROWS))):
         r = tile * ROWS + tl.arange(0, ROWS)
-        inside, b, n, pr, pc = _rows_of(keep_ids, r, R, K, COLS)
+        inside, b, _, pr, pc = _rows_of(keep_ids, r, R, K, COLS)
         at = grad + (b * stride_gb)[:, None] + (r % K).to(tl.int64)[:, None] * stride_gk + d[None]
         rows = tl.load(at, mask=inside[:, None] & (d < D)[None], other=0.0)  # (rows, d)
         if dbias is not None:
-            of_bias += tl.sum(rows.to(tl.float32), 0)
+            of_bias, lost_bias = _kahan(of_bias, tl.sum(rows.to(tl.float32), 0), lost_bias)
         if part < STATE_PARTS:
             state, up = _state(y, eps, coarse, abar, state_scale, sample_ids, seed_ptr, step_ptr, seed, step, stream,
                                b, pr, pc, inside, part * STATE, sy, se, sc, stride_id, H, W, HC, WC,
                                C, P, STATE, DRAW)  # fmt: skip
-            of_state = dot(tl.trans(rows), state.to(kind), of_state)
+            of_state, lost_state = _add_product(tl.trans(rows), narrow(state, kind), of_state, lost_state, KAHAN)
             if coarse is not None:
-                of_up = dot(tl.trans(rows), up.to(kind), of_up)
+                of_up, lost_up = _add_product(tl.trans(rows), narrow(up, kind), of_up, lost_up, KAHAN)
         if part < CLEAN_PARTS:
             j, channel, i, q = _columns(part * CLEAN, CLEAN, P)
             clean = _pixels(sources, b, pr, pc, channel, i, q, ss, inside[:, None] & (j < CS * PP)[None], P)
-            of_clean = dot(tl.trans(rows), clean.to(kind), of_clean)
+            of_clean, lost_clean = _add_product(tl.trans(rows), narrow(clean, kind), of_clean, lost_clean, KAHAN)
     to = dweight + (split.to(tl.int64) * D + d)[:, None] * WIDTH
     j = part * STATE + tl.arange(0, STATE)
     inside = (d < D)[:, None] & (j < C * PP)[None]
-    tl.store(to + j[None], of_state.to(dweight.dtype.element_ty), mask=inside)
+    tl.store(to + j[None], narrow(of_state, dweight.dtype.element_ty), mask=inside)
     if coarse is not None:
-        tl.store(to + ((C + CS) * PP + j)[None], of_up.to(dweight.dtype.element_ty), mask=inside)
+        tl.store(to + ((C + CS) * PP + j)[None], narrow(of_up, dweight.dtype.element_ty), mask=inside)
     j = part * CLEAN + tl.arange(0, CLEAN)
     inside = (d < D)[:, None] & (j < CS * PP)[None]
-    tl.store(to + (C * PP + j)[None], of_clean.to(dweight.dtype.element_ty), mask=inside)
+    tl.store(to + (C * PP + j)[None], narrow(of_clean, dweight.dtype.element_ty), mask=inside)
     if dbias is not None:
         if part == 0:
-            tl.store(dbias + split.to(tl.int64) * D + d, of_bias.to(dbias.dtype.element_ty), mask=d < D)
+            tl.store(dbias + split.to(tl.int64) * D + d, narrow(of_bias, dbias.dtype.element_ty), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["R", "K"])
@@ -274,8 +294,18 @@ def _embed_sources(
         inside, b, pr, pc = dropped, sample + n * 0, n // COLS, n % COLS
         acc = tl.zeros((ROWS, CLEAN), tl.float32)
     patch = b * CS * H * W + (pr * P).to(tl.int64) * W + pc * P
-    tl.store(dsources + patch[:, None] + columns[None], acc.to(dsources.dtype.element_ty),
+    tl.store(dsources + patch[:, None] + columns[None], narrow(acc, dsources.dtype.element_ty),
              mask=inside[:, None] & (j < CS * PP)[None])  # fmt: skip
+
+
+# (rows, columns of D, columns of a piece at most, warps) by kernel and operand width in bytes: registers
+# stay under 255 on sm_80 to sm_100 (python -m benchmarks.compile_report), and 16 warps or more fit a
+# multiprocessor where the product allows it.
+LAUNCH = {
+    ("forward", 2): (64, 128, 64, 8), ("forward", 4): (32, 64, 32, 4),
+    ("weights", 2): (64, 64, 64, 4), ("weights", 4): (32, 64, 32, 4),
+    ("sources", 2): (64, 64, 64, 4), ("sources", 4): (32, 64, 32, 4),
+}  # fmt: skip
 
 
 def _pieces(columns: int, most: int) -> tuple[int, int]:
@@ -287,7 +317,7 @@ def _pieces(columns: int, most: int) -> tuple[int, int]:
 class Shape:
     """Sizes, strides and the choice of pieces that the three kernels share."""
 
-    def __init__(self, y, sources, coarse, keep_ids, weight, eps, sample_ids, draw):
+    def __init__(self, kernel, y, sources, coarse, keep_ids, weight, eps, sample_ids, draw):
         self.batch, self.channels, self.height, self.width = y.shape
         merged = self.channels + sources.shape[1] + (0 if coarse is None else self.channels)
         self.patch = round((weight.shape[1] // merged) ** 0.5)
@@ -296,8 +326,10 @@ class Shape:
         self.keep = self.num if keep_ids is None else keep_ids.shape[1]
         self.rows, self.dim = self.batch * self.keep, weight.shape[0]
         squared = self.patch**2
-        self.state = _pieces(self.channels * squared, 64)
-        self.clean = _pieces(sources.shape[1] * squared, 64)
+        self.tile, block, piece, self.warps = LAUNCH[kernel, weight.dtype.itemsize]
+        self.block = min(block, max(64, self.dim & -self.dim))  # a power of two that divides D where one can
+        self.state = _pieces(self.channels * squared, piece)
+        self.clean = _pieces(sources.shape[1] * squared, piece)
         coarse_size = (1, 1) if coarse is None else coarse.shape[2:]
         none = (0, 0, 0, 0)
         self.integers = (
@@ -310,26 +342,20 @@ class Shape:
                            CLEAN=self.clean[0], CLEAN_PARTS=self.clean[1])  # fmt: skip
 
 
-def _block(dim: int, most: int) -> int:
-    """Columns of D a program takes at a time: the largest power of two that divides D, 64 to ``most``."""
-    return min(most, max(64, dim & -dim))
-
-
 def embed(y, sources, coarse, abar, keep_ids, weight, bias, pos, eps, state_scale,
           sample_ids, seed_ptr, step_ptr, seed, step, stream, draw) -> Tensor:  # fmt: skip
-    shape = Shape(y, sources, coarse, keep_ids, weight, eps, sample_ids, draw)
+    shape = Shape("forward", y, sources, coarse, keep_ids, weight, eps, sample_ids, draw)
     out = _launch.empty((shape.batch, shape.keep, shape.dim), weight.dtype, y.device)
     if out.numel() == 0:
         return out
-    rows, block = 64, _block(shape.dim, 128)
-    tiles, blocks = triton.cdiv(shape.rows, rows), triton.cdiv(shape.dim, block)
+    tiles, blocks = triton.cdiv(shape.rows, shape.tile), triton.cdiv(shape.dim, shape.block)
     # Splitting D forms the same patches again, so only as far as it takes to fill the device twice.
     splits = min(blocks, max(1, 2 * _launch.processors(y.device) // tiles))
     _launch.launch(
         _embed_forward, (tiles, splits), y, sources, coarse, eps, abar, state_scale, sample_ids, seed_ptr, step_ptr,
         seed, step, stream, keep_ids, weight, bias, pos, out, *shape.integers, weight.stride(0),
-        0 if pos is None else pos.stride(0), **shape.constants, **shape.pieces, ROWS=rows, BLOCK=block,
-        num_warps=4 if weight.dtype.itemsize == 2 else 8, num_stages=2,
+        0 if pos is None else pos.stride(0), **shape.constants, **shape.pieces, ROWS=shape.tile, BLOCK=shape.block,
+        num_warps=shape.warps, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -339,27 +365,25 @@ def embed_backward(
     sample_ids, seed_ptr, step_ptr, seed, step, stream, draw, need_sources, need_weight, need_bias,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of (sources, weight, bias); None for those not needed."""
-    shape = Shape(y, sources, coarse, keep_ids, weight, eps, sample_ids, draw)
-    device = y.device
-    if grad.stride(-1) != 1:
-        grad = grad.contiguous()
+    about = (y, sources, coarse, keep_ids, weight, eps, sample_ids, draw)
     dsources = dweight = dbias = None
     if need_weight or need_bias:
         dweight, dbias = _weight_gradients(
-            shape, grad, y, sources, coarse, abar, keep_ids, weight, eps, state_scale,
+            Shape("weights", *about), grad, y, sources, coarse, abar, keep_ids, weight, eps, state_scale,
             sample_ids, seed_ptr, step_ptr, seed, step, stream, need_bias,
         )  # fmt: skip
     if need_sources:
-        dsources = _launch.empty(sources.shape, sources.dtype, device)
-        rows, block = 64, _block(shape.dim, 64)
-        # Without columns or rows there is no product, and every patch counts as dropped.
-        tiles = triton.cdiv(shape.rows, rows) if shape.dim else 0
-        empty = 0 if shape.keep == shape.num and tiles else shape.batch * triton.cdiv(shape.num, rows)
+        shape = Shape("sources", *about)
+        dsources = _launch.empty(sources.shape, sources.dtype, y.device)
+        tiles = triton.cdiv(shape.rows, shape.tile)
+        # Whatever K is, other programs look for dropped patches, unless every patch is there by definition.
+        empty = 0 if keep_ids is None else shape.batch * triton.cdiv(shape.num, shape.tile)
         _launch.launch(
             _embed_sources, (tiles + empty, max(1, shape.clean[1]) if dsources.numel() else 0), grad, keep_ids, weight,
             dsources, shape.rows, shape.keep, shape.dim, shape.height, shape.width, shape.num,
             grad.stride(0), grad.stride(1), weight.stride(0), tiles,
-            **shape.constants, CLEAN=shape.clean[0], ROWS=rows, BLOCK=block, IDS=64, num_warps=4, num_stages=2,
+            **shape.constants, CLEAN=shape.clean[0], ROWS=shape.tile, BLOCK=shape.block, IDS=64,
+            num_warps=shape.warps, num_stages=2,
         )  # fmt: skip
     return dsources, dweight if need_weight else None, dbias
 
@@ -369,22 +393,21 @@ def _weight_gradients(shape, grad, y, sources, coarse, abar, keep_ids, weight, e
     device, values = y.device, weight.shape[1]
     if shape.rows == 0 or weight.numel() == 0:
         return weight.new_zeros(weight.shape), weight.new_zeros(shape.dim) if need_bias else None
-    rows, block = 64, _block(shape.dim, 64)
     parts = max(shape.state[1], shape.clean[1])
-    blocks = triton.cdiv(shape.dim, block)
+    blocks = triton.cdiv(shape.dim, shape.block)
     # Partial sums are written and read once more: as many shares of the rows as keep them below 4 %
     # of the gradient's own bytes, and no more than fill the device.
     budget = grad.numel() * grad.element_size() // (25 * 8 * shape.dim * (values + 1))
     splits = max(1, min(triton.cdiv(2 * _launch.processors(device), blocks * parts), budget,
-                        triton.cdiv(shape.rows, 4 * rows)))  # fmt: skip
+                        triton.cdiv(shape.rows, 4 * shape.tile)))  # fmt: skip
     kind = weight.dtype if splits == 1 else torch.float32
     dweight = _launch.empty((splits, shape.dim, values), kind, device)
     dbias = _launch.empty((splits, shape.dim), kind, device) if need_bias else None
     _launch.launch(
         _embed_weights, (blocks, parts, splits), y, sources, coarse, eps, abar, state_scale, sample_ids, seed_ptr,
         step_ptr, seed, step, stream, keep_ids, grad, dweight, dbias, *shape.integers, grad.stride(0), grad.stride(1),
-        **shape.constants, **shape.pieces, ROWS=rows, BLOCK=block,
-        num_warps=4 if weight.dtype.itemsize == 2 else 8, num_stages=2,
+        **shape.constants, **shape.pieces, ROWS=shape.tile, BLOCK=shape.block,
+        num_warps=shape.warps, num_stages=2,
     )  # fmt: skip
     if splits == 1:
         return dweight[0], None if dbias is None else dbias[0]

@@ -28,7 +28,9 @@ def empty(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
 @lru_cache
 def processors(device: torch.device) -> int:
     """How many multiprocessors the device has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_PROCESSORS
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else DEFAULT_PROCESSORS
+    )
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:

@@ -21,8 +21,6 @@ def _rows_whole(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-
-
 @torch.library.custom_op("phmdiff_fast::draw_mask", mutates_args=())
 def draw_mask(
     sample_ids: Tensor, num_patches: int, num_keep: int, seed: int, step: int, seed_ptr: Tensor | None,
@@ -35,7 +33,7 @@ def draw_mask(
 
 @draw_mask.register_fake
 def _(sample_ids, num_patches, num_keep, seed, step, seed_ptr, step_ptr, stream, drop_first):
-    return tuple(sample_ids.new_empty((len(sample_ids), n), dtype=torch.int32) for n in (num_keep, num_patches))
+    return tuple(sample_ids.new_empty((sample_ids.shape[0], n), dtype=torch.int32) for n in (num_keep, num_patches))
 
 
 @torch.library.custom_op("phmdiff_fast::restore_tokens", mutates_args=())
@@ -100,8 +98,9 @@ def embed_visible(
 ) -> Tensor:  # fmt: skip
     from ._embed_triton import embed
 
-    return embed(y, sources, coarse, _whole(abar), _whole(keep_ids), _rows_whole(weight), _whole(bias), _rows_whole(pos), eps,
-                 _whole(state_scale), sample_ids, seed_ptr, step_ptr, seed, step, stream, draw)  # fmt: skip
+    return embed(y, sources, coarse, _whole(abar), _whole(keep_ids), _rows_whole(weight), _whole(bias),
+                 _rows_whole(pos), eps, _whole(state_scale), sample_ids, seed_ptr, step_ptr, seed, step, stream,
+                 draw)  # fmt: skip
 
 
 @embed_visible.register_fake

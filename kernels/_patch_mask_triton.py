@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _launch, _tl
 
-philox = _tl.philox
+narrow, philox = _tl.narrow, _tl.philox
 MAX_PATCHES = 16384  # of a sample, whose keys lie in the registers of one program
 
 
@@ -56,7 +56,7 @@ def _draw_mask(
 
 
 def draw_mask(sample_ids, num_patches, num_keep, seed, step, seed_ptr, step_ptr, stream, drop_first):
-    batch, device = len(sample_ids), sample_ids.device
+    batch, device = sample_ids.shape[0], sample_ids.device
     keep_ids = _launch.empty((batch, num_keep), torch.int32, device)
     inverse = _launch.empty((batch, num_patches), torch.int32, device)
     if num_keep == 0 or num_patches == 0:
@@ -119,7 +119,7 @@ def _restore_forward(
         from_pos = pos + n.to(tl.int64) * stride_pos
         value += tl.load(from_pos[:, None] + d[None], mask=row_inside[:, None] & d_inside, other=0.0).to(tl.float32)
     to = out + (b * N + n).to(tl.int64) * D
-    tl.store(to[:, None] + d[None], value.to(out.dtype.element_ty), mask=row_inside[:, None] & d_inside)
+    tl.store(to[:, None] + d[None], narrow(value, out.dtype.element_ty), mask=row_inside[:, None] & d_inside)
 
 
 @triton.jit(do_not_specialize=["B", "N", "K"])
@@ -182,7 +182,7 @@ def _sum_rows(
         block = tl.load(parts + p.to(tl.int64)[:, None] * size + i[None], mask=(p < P)[:, None] & (i < size)[None],
                         other=0.0)  # fmt: skip
         total += tl.sum(block, 0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
+    tl.store(out + i, narrow(total, out.dtype.element_ty), mask=i < size)
 
 
 def sum_rows(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,8 +234,8 @@ def restore_tokens_backward(
     programs = triton.cdiv(tiles, per_program)
     dfill = None
     if need_fill:
-        dfill = _launch.empty(fill_shape if fill_rows else (programs, width), fill_dtype if fill_rows else torch.float32,
-                              device)  # fmt: skip
+        shape, kind = (fill_shape, fill_dtype) if fill_rows else ((programs, width), torch.float32)
+        dfill = _launch.empty(shape, kind, device)
     _launch.launch(
         _restore_backward, (programs, triton.cdiv(width, block)), grad, inverse, dx, dfill, batch, num, keep, width,
         grad.stride(0), grad.stride(1), inverse.stride(0),

@@ -55,7 +55,7 @@ def _call(sample_ids: Tensor, num: int, rng, stream: int):
 
 def integers(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
     """(B,) int64 sample ids -> (B, num) int64 in [0, 2^32)."""
-    return _call(sample_ids, num, rng, stream)[0].expand(len(sample_ids), num)
+    return _call(sample_ids, num, rng, stream)[0].expand(sample_ids.shape[0], num)
 
 
 def _unit(words: Tensor) -> Tensor:

@@ -11,6 +11,19 @@ INTERPRET = tl.constexpr(_impl.INTERPRET)
 
 
 @triton.jit
+def narrow(value, kind: tl.constexpr):
+    """float32 to the type that is stored or multiplied, rounded to nearest even.
+
+    The interpreter alone would cut bfloat16 off; on a GPU this is the plain conversion.
+    """
+    if INTERPRET and kind == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(kind)
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b in float32; float32 operands multiply in full precision, 16-bit ones on tensor cores."""
     if INTERPRET:  # the interpreter's product of bfloat16 is garbage: the same values, widened
@@ -25,7 +38,9 @@ def philox(index, sample, stream, seed, step):
     index : int32 or int64 block below 2^32; sample : int64, broadcastable to it; stream : int;
     seed, step : int64 scalars
     """
-    seed, step, sample = seed.to(tl.int64), step.to(tl.int64), sample.to(tl.int64)
+    # Sums with an int64: an integer argument is as wide as its value asks for.
+    zero = tl.full((), 0, tl.int64)
+    seed, step, sample = zero + seed, zero + step, sample.to(tl.int64)
     c0 = index.to(tl.uint32)  # 64 to 32 bits keeps the low ones
     c1 = sample.to(tl.uint32) + c0 * 0
     c2 = ((sample >> 32) ^ (stream.to(tl.int64) << 24)).to(tl.uint32) + c0 * 0

@@ -25,8 +25,6 @@ eps, state_scale or pos of ``embed_visible`` (the reference does).
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +71,14 @@ def unpatchify(tokens: Tensor, patch: int, height: int, width: int) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, height, width)
 
 
+def _side(values: int, channels: int) -> int:
+    """The patch side p of p p channels values, or of the next smaller square (a loop: sizes may be symbols)."""
+    side = 0
+    while channels and (side + 1) ** 2 * channels <= values:
+        side += 1
+    return side
+
+
 def _per_sample(v: Tensor) -> Tensor:
     return v[:, None, None, None]
 
@@ -83,9 +89,9 @@ def embed_visible_reference(
 ):  # fmt: skip
     channels, height, width = y.shape[1:]
     merged = channels + sources.shape[1] + (0 if coarse is None else channels)
-    patch = math.isqrt(weight.shape[1] // merged)
+    patch = _side(weight.shape[1], merged)
     if rng is not None:
-        eps = _philox.normals(sample_ids, y[0].numel(), rng=rng, stream=stream).view_as(y)
+        eps = _philox.normals(sample_ids, y.shape[1:].numel(), rng=rng, stream=stream).view_as(y)
     state = _per_sample(abar.sqrt()) * patch_rows(y, patch, keep_ids)  # (B, K, C, p p)
     if eps is not None:
         state = state + _per_sample((1 - abar).sqrt()) * patch_rows(eps, patch, keep_ids)
@@ -150,7 +156,7 @@ def draw_mask(
         raise ValueError(f"draw_mask: need 0 <= num_keep <= num_patches < 2^24, got {num_keep} and {num_patches}")
     if sample_ids.dim() != 1:
         raise ValueError(f"draw_mask: sample_ids must be (B,), got {tuple(sample_ids.shape)}")
-    if drop_first is not None and drop_first.shape != (len(sample_ids), num_patches):
+    if drop_first is not None and drop_first.shape != (sample_ids.shape[0], num_patches):
         raise ValueError(f"draw_mask: drop_first must be (B, N), got {tuple(drop_first.shape)}")
     big = f"{num_patches} patches, Triton draws up to {MAX_PATCHES}" if num_patches > MAX_PATCHES else ""
     seeds = _device_scalars(rng)
@@ -184,19 +190,32 @@ def embed_visible(
 
     Returns (B, K, D) in weight's dtype, or autocast's. Raises ValueError for shapes that do not fit.
     """
+    if y.dim() != 4 or weight.dim() != 2:
+        raise ValueError(f"embed_visible: need y (B, C, H, W) and weight (D, P), got {tuple(y.shape)} "
+                         f"and {tuple(weight.shape)}")  # fmt: skip
     batch, channels, height, width = y.shape
     merged = channels + sources.shape[1] + (0 if coarse is None else channels)
-    patch = math.isqrt(weight.shape[1] // max(1, merged))
+    patch = _side(weight.shape[1], merged)
     if patch * patch * merged != weight.shape[1] or patch == 0:
         raise ValueError(f"embed_visible: weight {tuple(weight.shape)} holds no square patch of {merged} channels")
     if height % patch or width % patch:
         raise ValueError(f"embed_visible: image {height}x{width} is no multiple of the patch side {patch}")
-    if sources.shape[0] != batch or sources.shape[2:] != y.shape[2:]:
+    num, width_out = (height // patch) * (width // patch), weight.shape[0]
+    if sources.dim() != 4 or sources.shape[0] != batch or sources.shape[2:] != y.shape[2:]:
         raise ValueError(f"embed_visible: sources {tuple(sources.shape)} do not fit y {tuple(y.shape)}")
     if coarse is not None and coarse.shape != (batch, channels, -(-height // 2), -(-width // 2)):
         raise ValueError(f"embed_visible: coarse {tuple(coarse.shape)} is not half of y {tuple(y.shape)}")
     if abar.shape != (batch,) or abar.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"embed_visible: abar must be (B,) float32, got {tuple(abar.shape)} {abar.dtype}")
+    for name, value, expected in (("bias", bias, (width_out,)), ("pos", pos, (num, width_out)),
+                                  ("state_scale", state_scale, (batch,)),
+                                  ("sample_ids", sample_ids, (batch,))):  # fmt: skip
+        if value is not None and tuple(value.shape) != expected:
+            raise ValueError(f"embed_visible: {name} must be {expected}, got {tuple(value.shape)}")
+    if keep_ids is not None and (keep_ids.dim() != 2 or keep_ids.shape[0] != batch or keep_ids.is_floating_point()):
+        raise ValueError(f"embed_visible: keep_ids must be (B, K) int32, got {tuple(keep_ids.shape)} {keep_ids.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"embed_visible: bias is {bias.dtype} beside weight {weight.dtype}; use one type")
     if eps is not None and (rng is not None or eps.shape != y.shape):
         raise ValueError("embed_visible: eps must have y's shape and excludes rng")
     if rng is not None and (sample_ids is None or stream is None):
@@ -205,7 +224,7 @@ def embed_visible(
     tensors = dict(y=y, sources=sources, coarse=coarse, abar=abar, keep_ids=keep_ids, weight=weight, bias=bias, pos=pos,
                    eps=eps, state_scale=state_scale, sample_ids=sample_ids, seed=rng_parts[2],
                    step=rng_parts[3])  # fmt: skip
-    if choose("embed_visible", impl, tensors, _without_gradient(tensors)) == "reference":
+    if choose("embed_visible", impl, tensors, _why_not_fused(tensors)) == "reference":
         return embed_visible_reference(
             y, sources, coarse, abar, keep_ids, weight, bias, pos,
             eps=eps, rng=rng, sample_ids=sample_ids, stream=stream, state_scale=state_scale,
@@ -218,12 +237,15 @@ def embed_visible(
                              rng is not None)  # fmt: skip
 
 
-def _without_gradient(tensors: dict[str, Tensor | None]) -> str:
-    """Why the fused form cannot train these inputs; empty if it can."""
+def _why_not_fused(tensors: dict[str, Tensor | None]) -> str:
+    """Why the fused form does not do these inputs; empty if it does."""
     if torch.is_grad_enabled():
         for name in ("y", "coarse", "abar", "eps", "state_scale", "pos"):
             if tensors[name] is not None and tensors[name].requires_grad:
                 return f"{name} needs a gradient, which only the reference gives"
+    y = tensors["y"]
+    if max(y.shape[0] * y.shape[2] * y.shape[3], y.shape[1:].numel()) >= 1 << 31:
+        return "patches are counted, and a sample's pixels numbered, in 32 bits"
     return ""
 
 
@@ -237,6 +259,12 @@ def restore_tokens(x: Tensor, fill: Tensor, inverse: Tensor, pos: Tensor | None,
 
     Returns (B, N, D) in x's dtype. Raises ValueError for shapes that do not fit.
     """
+    if x.dim() != 3 or inverse.dim() != 2 or inverse.shape[0] != x.shape[0] or inverse.shape[1] < x.shape[1]:
+        raise ValueError(f"restore_tokens: need x (B, K, D) and inverse (B, N), N >= K, got {tuple(x.shape)} "
+                         f"and {tuple(inverse.shape)}")  # fmt: skip
+    if inverse.is_floating_point() or not (x.is_floating_point() and fill.is_floating_point()):
+        raise TypeError(f"restore_tokens: x and fill are floating, inverse integer; got {x.dtype}, {fill.dtype}, "
+                        f"{inverse.dtype}")  # fmt: skip
     (batch, keep, width), num = x.shape, inverse.shape[1]
     if fill.shape not in ((width,), (batch, num - keep, width)):
         raise ValueError(f"restore_tokens: fill {tuple(fill.shape)} is neither (D,) nor (B, N - K, D)")

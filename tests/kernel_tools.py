@@ -12,7 +12,8 @@ from phmdiff_fast.kernels import _impl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
-    not _impl.HAS_TRITON or (DEVICE == "cpu" and not _impl.INTERPRET), reason="needs Triton and its interpreter or a GPU"
+    not _impl.HAS_TRITON or (DEVICE == "cpu" and not _impl.INTERPRET),
+    reason="needs Triton and its interpreter or a GPU",
 )
 MARGIN = 64  # elements
 
@@ -51,7 +52,9 @@ def guarded_buffers():
         _launch.empty = original
     for whole in made:
         for margin in (whole[:MARGIN], whole[-MARGIN:]):
-            assert torch.equal(margin.nan_to_num(7), poison(torch.empty_like(margin)).nan_to_num(7)), "margin overwritten"
+            assert torch.equal(margin.nan_to_num(7), poison(torch.empty_like(margin)).nan_to_num(7)), (
+                "margin overwritten"
+            )
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def reversed_programs():
 
 
 def rms(x: torch.Tensor) -> float:
-    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+    return float(x.detach().double().square().mean().sqrt()) if x.numel() else 0.0
 
 
 def no_worse_than_eager(got, eager, exact, *, small: bool = False, name: str = "") -> None:
