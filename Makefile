@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo_out
 , := ,
 
-.PHONY: demo test bench gpu-check lint clean
+.PHONY: demo test bench mutants kernel-report gpu-check lint clean
 .DELETE_ON_ERROR:
 
 define install
@@ -40,7 +40,17 @@ test: $(VENV)/.test lint
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
 
-# On a machine with a GPU: what is marked gpu, then the benchmarks, whose figures go to $(RESULTS).
+# Do the tests of the kernels notice planted faults? Minutes; not part of `make test`.
+mutants: $(VENV)/.test
+	$(BIN)/python tests/mutants.py --jobs $(shell nproc)
+
+# Registers and spills of every kernel on sm_80, sm_90 and sm_100, and bytes moved over the floor. No GPU needed.
+kernel-report: $(VENV)/.test
+	$(BIN)/python -m benchmarks.compile_report
+	$(BIN)/python -m benchmarks.traffic
+
+# On a machine with a GPU: what is marked gpu and every kernel test, then all variants side by side,
+# whose figures go to $(RESULTS).
 # It runs in .venv where there is one (make test TORCH=torch makes it), else in the machine's own
 # Python; what that lacks can lie in carry/site (pip install --target carry/site ...).
 RESULTS ?= benchmarks/results
@@ -48,8 +58,9 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check: export PYTHONPATH := .:carry/site
 gpu-check:
 	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: torch sees no GPU here')"
-	$(GPU_PYTHON) -m pytest tests -m gpu
-	$(GPU_PYTHON) -m pytest benchmarks/ --benchmark-only --benchmark-json=$(RESULTS)/gpu-check.json
+	$(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_gpu_kernels.py tests/test_*_triton.py tests/test_model_on_kernels.py
+	$(GPU_PYTHON) -m benchmarks.compare --device cuda --json $(RESULTS)/gpu-compare.json
+	$(GPU_PYTHON) -m pytest benchmarks/bench_train.py benchmarks/bench_sampling.py --benchmark-only --benchmark-json=$(RESULTS)/gpu-check.json
 
 clean:
 	rm -rf build dist *.egg-info $(DEMO)

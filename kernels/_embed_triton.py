@@ -70,17 +70,18 @@ def _drawn(b, pr, pc, start, sample_ids, stride_id, seed, step, stream, row_insi
            SIZE: tl.constexpr, P: tl.constexpr):  # fmt: skip
     """Philox normals of the patches' pixels, (rows, SIZE), by their place in a sample's (C, H, W)."""
     sample = tl.load(sample_ids + b * stride_id, mask=row_inside, other=0)[:, None]
+    corner = (pr * P * W + pc * P)[:, None]
     if P % 4 == 0:  # four neighbours share a call: it gives four words
         j = start + 4 * tl.arange(0, SIZE // 4)
         place = (j // (P * P) * H + (j // P) % P) * W + j % P
-        place = place[None] + (pr * P * W + pc * P)[:, None]
+        place = corner + place[None]
         w0, w1, w2, w3 = philox(place >> 2, sample, stream, seed, step)
         n0, n1 = normal_pair(w0, w1)
         n2, n3 = normal_pair(w2, w3)
         return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), (b.shape[0], SIZE))
     j = start + tl.arange(0, SIZE)
     place = (j // (P * P) * H + (j // P) % P) * W + j % P
-    place = place[None] + (pr * P * W + pc * P)[:, None]
+    place = corner + place[None]
     w0, w1, w2, w3 = philox(place >> 2, sample, stream, seed, step)
     later = (place & 2) != 0
     even, odd = normal_pair(tl.where(later, w2, w0), tl.where(later, w3, w1))
@@ -298,13 +299,13 @@ def _embed_sources(
              mask=inside[:, None] & (j < CS * PP)[None])  # fmt: skip
 
 
-# (rows, columns of D, columns of a piece at most, warps) by kernel and operand width in bytes: registers
-# stay under 255 on sm_80 to sm_100 (python -m benchmarks.compile_report), and 16 warps or more fit a
-# multiprocessor where the product allows it.
+# (rows, columns of D, columns of a piece at most, warps, stages) by kernel and operand width in bytes.
+# Bytes bound the forward: small tiles, so that 16 to 32 warps fit a multiprocessor of sm_90. No spills on
+# sm_80 to sm_100 (python -m benchmarks.compile_report).
 LAUNCH = {
-    ("forward", 2): (64, 128, 64, 8), ("forward", 4): (32, 64, 32, 4),
-    ("weights", 2): (64, 64, 64, 4), ("weights", 4): (32, 64, 32, 4),
-    ("sources", 2): (64, 64, 64, 4), ("sources", 4): (32, 64, 32, 4),
+    ("forward", 2): (32, 64, 64, 4, 3), ("forward", 4): (32, 64, 32, 4, 2),
+    ("weights", 2): (64, 64, 64, 4, 2), ("weights", 4): (32, 64, 32, 4, 2),
+    ("sources", 2): (64, 64, 64, 4, 2), ("sources", 4): (32, 64, 32, 4, 2),
 }  # fmt: skip
 
 
@@ -326,8 +327,9 @@ class Shape:
         self.keep = self.num if keep_ids is None else keep_ids.shape[1]
         self.rows, self.dim = self.batch * self.keep, weight.shape[0]
         squared = self.patch**2
-        self.tile, block, piece, self.warps = LAUNCH[kernel, weight.dtype.itemsize]
+        self.tile, block, piece, warps, stages = LAUNCH[kernel, weight.dtype.itemsize]
         self.block = min(block, max(64, self.dim & -self.dim))  # a power of two that divides D where one can
+        self.launch = dict(num_warps=warps, num_stages=stages)
         self.state = _pieces(self.channels * squared, piece)
         self.clean = _pieces(sources.shape[1] * squared, piece)
         coarse_size = (1, 1) if coarse is None else coarse.shape[2:]
@@ -349,13 +351,13 @@ def embed(y, sources, coarse, abar, keep_ids, weight, bias, pos, eps, state_scal
     if out.numel() == 0:
         return out
     tiles, blocks = triton.cdiv(shape.rows, shape.tile), triton.cdiv(shape.dim, shape.block)
-    # Splitting D forms the same patches again, so only as far as it takes to fill the device twice.
-    splits = min(blocks, max(1, 2 * _launch.processors(y.device) // tiles))
+    # Splitting D forms the same patches again, so only as far as it takes to fill the device four times.
+    splits = min(blocks, max(1, 4 * _launch.processors(y.device) // tiles))
     _launch.launch(
         _embed_forward, (tiles, splits), y, sources, coarse, eps, abar, state_scale, sample_ids, seed_ptr, step_ptr,
         seed, step, stream, keep_ids, weight, bias, pos, out, *shape.integers, weight.stride(0),
         0 if pos is None else pos.stride(0), **shape.constants, **shape.pieces, ROWS=shape.tile, BLOCK=shape.block,
-        num_warps=shape.warps, num_stages=2,
+        **shape.launch,
     )  # fmt: skip
     return out
 
@@ -383,7 +385,7 @@ def embed_backward(
             dsources, shape.rows, shape.keep, shape.dim, shape.height, shape.width, shape.num,
             grad.stride(0), grad.stride(1), weight.stride(0), tiles,
             **shape.constants, CLEAN=shape.clean[0], ROWS=shape.tile, BLOCK=shape.block, IDS=64,
-            num_warps=shape.warps, num_stages=2,
+            **shape.launch,
         )  # fmt: skip
     return dsources, dweight if need_weight else None, dbias
 
@@ -407,7 +409,7 @@ def _weight_gradients(shape, grad, y, sources, coarse, abar, keep_ids, weight, e
         _embed_weights, (blocks, parts, splits), y, sources, coarse, eps, abar, state_scale, sample_ids, seed_ptr,
         step_ptr, seed, step, stream, keep_ids, grad, dweight, dbias, *shape.integers, grad.stride(0), grad.stride(1),
         **shape.constants, **shape.pieces, ROWS=shape.tile, BLOCK=shape.block,
-        num_warps=shape.warps, num_stages=2,
+        **shape.launch,
     )  # fmt: skip
     if splits == 1:
         return dweight[0], None if dbias is None else dbias[0]

@@ -27,6 +27,13 @@ class BackendError(RuntimeError):
     """A forced implementation cannot run here."""
 
 
+def default(device: torch.device) -> tuple[str, str]:
+    """(what ``impl=None`` runs on tensors of this device, why), for people."""
+    if device.type != "cuda":
+        return "reference", "Triton kernels need a GPU"
+    return ("triton", "") if HAS_TRITON else ("reference", "Triton is not installed (pip install triton)")
+
+
 def choose(op: str, impl: str | None, tensors: dict[str, Tensor | None] | None = None, refused: str = "") -> str:
     """The implementation of ``op`` to use on ``tensors`` (by argument name; None where not given).
 

@@ -10,6 +10,7 @@ import shutil
 from . import __version__, has_extension
 from .attention import backend_name
 from .device import has_native_bf16, pick_device, pick_precision
+from .kernels import _impl
 
 PACKAGES = ("torch", "triton", "xformers", "numpy", "nibabel", "scipy", "scikit-image", "safetensors",
             "matplotlib", "nilearn", "nvtx", "pytest-benchmark")  # fmt: skip
@@ -39,7 +40,8 @@ def report() -> list[str]:
     native = "native" if has_native_bf16(device) else "not native, so float32 is faster"
     lines.append(f"device: {name}; precision auto -> {str(dtype)[6:]} (bf16 is {native})")
     lines.append("operations:")
-    lines += [f"  {op:<22}reference: no Triton kernel in this version" for op in KERNELS]
+    backend, why = _impl.default(device)
+    lines += [f"  {op:<22}{backend}{': ' * bool(why)}{why}" for op in KERNELS]
     reason = "built, but this version does not use it" if has_extension() else "the extension is not built"
     lines += [f"  {op:<22}reference: {reason}" for op in PYRAMID]
     lines.append(f"  {'attention':<22}{backend_name(device.type, dtype)}")

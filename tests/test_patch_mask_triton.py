@@ -319,6 +319,17 @@ def test_partial_sums_of_the_weights_gradient():
         no_worse_than_eager(a, c, d)
 
 
+def test_long_sums_in_float32_lose_nothing():
+    """Equal terms, whose rounding errors all point one way when they are simply added up."""
+    args = inputs(B=2, C=1, Cs=0, H=64, W=64, p=2, D=8, keep=1000, coarse=False, noise="none", scaled=False, needed=6)
+    args["abar"] = torch.ones(2, device=DEVICE)
+    args["y"] = torch.ones_like(args["y"])
+    out = embed_visible(**args, impl="triton")
+    for gradient in torch.autograd.grad(out, (args["weight"], args["bias"]), torch.full_like(out, 0.1)):
+        exact = 2000 * float(torch.tensor(0.1))
+        assert float((gradient.double() / exact - 1).abs().max()) < 1e-7
+
+
 def test_rows_do_not_depend_on_the_batch_split():
     # As many rows a sample as a tile has: the interpreter's product rounds by the row's place in the tile.
     args = inputs(B=4, H=32, W=32, keep=32, needed=1, noise="drawn")
