@@ -236,11 +236,11 @@ CASES = [
     _embed_case("small", "s4", B=8, side=64, drawn=True),
     _embed_case("small", "s4", B=4, side=64, Cs=33, train_sources=True),
     _embed_case("small", "l4", B=4, side=64, Cs=33, train_sources=True),
-    # 65,536 kept tokens and more.
-    _embed_case("large", "s4", B=256, side=128),
-    _embed_case("large", "l4", B=256, side=128),
-    _embed_case("large", "s4", B=256, side=128, drawn=True),
-    _embed_case("large", "l4", B=64, side=128, Cs=33, train_sources=True),
+    # 256 MiB moved and more, 131,072 kept tokens and more.
+    _embed_case("large", "s4", B=1024, side=128),
+    _embed_case("large", "l4", B=512, side=128),
+    _embed_case("large", "s4", B=1152, side=128, drawn=True),
+    _embed_case("large", "l4", B=256, side=128, Cs=33, train_sources=True),
     _embed_case("large", "b4", B=32, side=64),  # latency of one training batch
     *(_restore_case("small", D, B=4, N=256) for D in (192, 384, 512, 1152)),
     _restore_case("small", 512, B=4, N=256, fill_rows=False),

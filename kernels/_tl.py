@@ -18,7 +18,7 @@ def narrow(value, kind: tl.constexpr):
     """
     if INTERPRET and kind == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(kind)
 
