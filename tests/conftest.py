@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import nibabel as nib
@@ -39,6 +40,26 @@ def cli(*arguments) -> int:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    """Triton's interpreter patches triton.language at every call of a device function; once a launch will do."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        yield
+        return
+    from kernel_tools import patched_once
+    from triton.runtime.interpreter import GridExecutor
+
+    original = GridExecutor.__call__
+
+    def call(self, *args, **kwargs):
+        with patched_once():
+            return original(self, *args, **kwargs)
+
+    GridExecutor.__call__ = call
+    yield
+    GridExecutor.__call__ = original
 
 
 @pytest.fixture(autouse=True)

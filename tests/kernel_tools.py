@@ -82,6 +82,30 @@ def reversed_programs():
         del builder.set_grid_idx
 
 
+@contextlib.contextmanager
+def patched_once():
+    """Let the interpreter patch triton.language once a launch, not at each call of a device function.
+
+    The patch is of shared modules, so the later ones change nothing and take half of the time.
+    """
+    from triton.runtime import interpreter
+
+    original, done = interpreter._patch_lang, set()
+
+    def patch(fn):
+        found = {id(v) for v in fn.__globals__.values() if v is interpreter.tl or v is interpreter.tl.core}
+        if found <= done:
+            return interpreter._LangPatchScope() if hasattr(interpreter, "_LangPatchScope") else None
+        done.update(found)
+        return original(fn)
+
+    interpreter._patch_lang = patch
+    try:
+        yield
+    finally:
+        interpreter._patch_lang = original
+
+
 def rms(x: torch.Tensor) -> float:
     return float(x.detach().double().square().mean().sqrt()) if x.numel() else 0.0
 

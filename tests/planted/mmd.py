@@ -57,8 +57,8 @@ FAULTS = [
     (TRITON, "y + (rows - n) * y_row", "y + (rows - n) * x_row", "the rows of y by the stride of x"),
     (
         TRITON,
-        "out + rows[:, None] * d + cols[None, :], total",
-        "out + rows[:, None] * width + cols[None, :], total",
+        "out + rows[:, None] * d + cols[None, :], _tl",
+        "out + rows[:, None] * width + cols[None, :], _tl",
         "gradients written at the padded stride",
     ),
     (
