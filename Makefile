@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo_out
 , := ,
 
-.PHONY: demo test bench mutants kernel-report gpu-check lint clean
+.PHONY: demo test bench mutants kernel-report gpu-check gpu-kernel-tests lint clean
 .DELETE_ON_ERROR:
 
 define install
@@ -49,8 +49,9 @@ kernel-report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.compile_report
 	$(BIN)/python -m benchmarks.traffic
 
-# On a machine with a GPU: what is marked gpu and every kernel test, then all variants side by side,
-# whose figures go to $(RESULTS).
+# On a machine with a GPU, made to end within 8 minutes: what is marked gpu, then all variants side by side
+# at the shapes tagged "check" and a training and a sampling step, whose figures go to $(RESULTS).
+# `make gpu-kernel-tests` runs every kernel test there, many small compilations.
 # It runs in .venv where there is one (make test TORCH=torch makes it), else in the machine's own
 # Python; what that lacks can lie in carry/site (pip install --target carry/site ...).
 RESULTS ?= benchmarks/results
@@ -58,9 +59,13 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check: export PYTHONPATH := .:carry/site
 gpu-check:
 	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: torch sees no GPU here')"
-	$(GPU_PYTHON) -m pytest tests/test_gpu.py tests/test_gpu_kernels.py tests/test_*_triton.py tests/test_model_on_kernels.py
-	$(GPU_PYTHON) -m benchmarks.compare --device cuda --json $(RESULTS)/gpu-compare.json
+	$(GPU_PYTHON) -m pytest tests -m gpu
+	$(GPU_PYTHON) -m benchmarks.compare --device cuda --tag check --seconds 0.3 --json $(RESULTS)/gpu-compare.json
 	$(GPU_PYTHON) -m pytest benchmarks/bench_train.py benchmarks/bench_sampling.py --benchmark-only --benchmark-json=$(RESULTS)/gpu-check.json
+
+gpu-kernel-tests: export PYTHONPATH := .:carry/site
+gpu-kernel-tests:
+	$(GPU_PYTHON) -m pytest tests/test_*_triton.py tests/test_model_on_kernels.py
 
 clean:
 	rm -rf build dist *.egg-info $(DEMO)

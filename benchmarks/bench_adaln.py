@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import Case, Inputs, size
+from benchmarks.case import Case, Inputs, size, tagged
 from benchmarks.harness import parametrize, run
 from phmdiff_fast.kernels.adaln import adaln_modulate, gated_residual_adaln
 
@@ -117,6 +117,11 @@ for _op in NAMES:
             _case(_op, "XL", [256] * 32, 1152, _types, "large"),
         ]
     CASES.append(_case(_op, "s4", [64] * 4, 384, "fp32", "small"))
+
+CASES = tagged(
+    CASES, "check", "b4: B 512, N 256, D 768, bf16, x fp32", "XL: B 256, N 256, D 1152, bf16",
+    "b4 masked: B 32, N 64, D 768, bf16, x fp32", "b4 packed: T 163776 of 1024, D 768, bf16, x fp32",
+)  # fmt: skip
 
 
 @parametrize(CASES)

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.case import Case, size
+from benchmarks.case import Case, size, tagged
 from benchmarks.harness import parametrize, run
 from phmdiff_fast.kernels.mmd import mmd2
 
@@ -108,6 +108,8 @@ CASES = [
     _case(16384, 64, "fp32", {"large"}, without=("literal",)),
     _case(16384, 64, "bf16", {"large"}, without=("literal",)),
 ]
+
+CASES = tagged(CASES, "check", "N 4096, d 64, fp32", "N 4096, d 64, bf16", "N 16384, d 16, fp32")
 
 
 @parametrize(CASES)

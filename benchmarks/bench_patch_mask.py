@@ -8,7 +8,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.case import Case, size
+from benchmarks.case import Case, size, tagged
 from benchmarks.harness import parametrize, run
 from phmdiff_fast.kernels import _philox
 from phmdiff_fast.kernels.patch_mask import draw_mask, embed_visible, restore_tokens
@@ -253,6 +253,14 @@ CASES = [
     _both_case("cpu", "s4", B=32, side=192),
     _both_case("large", "s4", B=256, side=128),
 ]
+
+CASES = tagged(
+    CASES, "check", "B 64, N 4096, keep 25%", "s4: B 1024, 128x128, p 4, Cs 1, D 384, keep 25%, bf16",
+    "l4: B 512, 128x128, p 4, Cs 1, D 1024, keep 25%, bf16",
+    "s4: B 1152, 128x128, p 4, Cs 1, D 384, keep 25%, bf16, noise drawn",
+    "l4: B 256, 128x128, p 4, Cs 33, D 1024, keep 25%, bf16, sources train",
+    "B 256, N 1024, D 512, keep 25%, bf16, fill by row", "B 256, N 1024, D 512, keep 25%, bf16, fill by token",
+)  # fmt: skip
 
 
 @parametrize(CASES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,6 +21,8 @@ class Case:
         torch.compile of "eager" is added by the benchmark
     floor : inputs -> (bytes forward, bytes backward), each input read once and each output written
         once, nothing in between; backward 0 where there is none
+    tags : "small" (a CPU and the interpreter can afford it), "cpu" (CPU only), "large" (GPU only),
+        "check" (one of the few that `make gpu-check` times), "compile" (for the compile report alone)
     flops : inputs -> floating point operations forward and backward, where arithmetic is the ceiling
     """
 
@@ -34,6 +36,14 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.op} [{self.shape}]"
+
+
+def tagged(cases: list[Case], tag: str, *shapes: str) -> list[Case]:
+    """The cases, ``tag`` added to those of these shapes. Raises ValueError for a shape that none has."""
+    unknown = set(shapes) - {case.shape for case in cases}
+    if unknown:
+        raise ValueError(f"no case of shape {unknown}")
+    return [replace(case, tags=case.tags | {tag}) if case.shape in shapes else case for case in cases]
 
 
 def size(*tensors: torch.Tensor | None) -> int:

@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="one operation, or the one of bench_<op>.py")
     parser.add_argument("--shape", help="only cases whose shape contains this text")
+    parser.add_argument("--tag", help="only cases with this tag, e.g. check")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if harness.CUDA else "cpu")
     parser.add_argument("--variants", help="comma-separated; all by default")
     parser.add_argument("--way", choices=harness.WAYS, help="both by default")
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         cases = [c for c in harness.load_cases(args.op, args.bench) if harness.belongs(c, args.device)]
     except ValueError as problem:
         parser.error(str(problem))
-    cases = [c for c in cases if (args.shape or "") in c.shape]
+    cases = [c for c in cases if (args.shape or "") in c.shape and (args.tag is None or args.tag in c.tags)]
     only = args.variants.split(",") if args.variants else None
     todo = [(c, way) for c in cases for way in harness.ways_of(c) if args.way in (None, way)]
     records = []
