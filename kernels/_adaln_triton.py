@@ -446,8 +446,8 @@ def backward(
     dx, dh, *vectors = grads
     dgate, dshift, dscale = vectors
     number = sum(v is not None for v in vectors)
-    # Sums and loads of all inputs share the registers; float32 inputs take twice the room of 16-bit ones.
-    most = 18 if dgate is not None and x.element_size() == 4 else 24
+    # Sums and loads of all inputs share the registers: with a gate, 24 values a thread of each spill.
+    most = 18 if dgate is not None else 24
     blocks = _blocks(x.shape[-1], 16 // x.element_size(), most=most, fill=12)
     programs, tokens, samples, search = _grid(x, cu, BACKWARD_CHUNK)
     split = number > 0 and tokens >= 2 * BACKWARD_CHUNK  # some sample may have several parts

@@ -87,6 +87,9 @@ def test_no_worse_than_eager_against_float64(name, shape, dtype):
         return
     exact = everything(name, wide, "reference", like=got)
     for i, (a, b, c) in enumerate(zip(got, eager, exact, strict=True)):
+        if not a.dim():  # a difference of means near 1: to be measured against them, not against itself
+            assert abs(float(a) - float(c)) < 5e-7
+            continue
         no_worse_than_eager(a, b, c, small=a.numel() < 1000, name=f"{name} output {i}")
 
 
