@@ -188,6 +188,17 @@ def test_more_partial_sums_than_one_load_takes():
     assert float(rate) == pytest.approx(1 / (8 * (float(energy[:-1].double().sum()) / (n + m) - 1e-3)), rel=1e-4)
 
 
+def test_the_order_of_rows_does_not_matter():
+    """Each gradient goes with its row, and the value stays: only sums are added in another order."""
+    x, y = sets(70, 90, 5)
+    value, (dx, dy) = both(x, y)
+    px, py = torch.randperm(70, device=DEVICE), torch.randperm(90, device=DEVICE)
+    again, (gx, gy) = both(*(t.detach()[p].requires_grad_() for t, p in ((x, px), (y, py))))
+    assert abs(float(again.detach() - value.detach())) < 1e-6
+    torch.testing.assert_close(gx, dx[px], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gy, dy[py], rtol=1e-4, atol=1e-6)
+
+
 def test_extreme_values():
     same = torch.ones(70, 20, device=DEVICE)
     value, grads = both(same.clone().requires_grad_(), same[:5].clone().requires_grad_())

@@ -85,9 +85,11 @@ def test_k3_strides_of_ids_and_classes():
         assert torch.equal(a, b)
 
 
-def test_masks_do_not_depend_on_the_batch_split():
+def test_masks_depend_on_neither_the_batch_split_nor_its_order():
     ids = ids_of(5)
     whole = draw_mask(ids, 90, 33, rng=(1, 2), impl="triton")
+    turned = draw_mask(ids.flip(0), 90, 33, rng=(1, 2), impl="triton")
+    assert all(torch.equal(w, t.flip(0)) for w, t in zip(whole, turned, strict=True))
     parts = [draw_mask(i, 90, 33, rng=(1, 2), impl="triton") for i in (ids[:2], ids[2:])]
     assert all(torch.equal(w, torch.cat(p)) for w, p in zip(whole, zip(*parts, strict=True), strict=True))
 
@@ -280,6 +282,18 @@ def test_the_order_of_kept_ids_is_free():
     compare(args)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_embed_of_extreme_values(scale):
+    """Nothing is squared on the way: what float32 holds goes through, and zeros stay zeros."""
+    args = inputs(B=2, keep=6, needed=7, positions=False)
+    for name in ("y", "sources", "coarse", "eps"):
+        args[name] = (args[name].detach() * scale).requires_grad_(args[name].requires_grad)
+    args["bias"] = (args["bias"].detach() * scale).requires_grad_()
+    compare(args)
+    empty = {k: torch.zeros_like(v) if k in ("y", "sources", "coarse", "eps", "bias") else v for k, v in args.items()}
+    assert (embed_visible(**empty, impl="triton") == 0).all()
+
+
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
 def test_noise_drawn_inside_is_that_of_philox(p):
     """An identity for weight gives the noise itself: within 2e-6 of the reference's."""
@@ -331,13 +345,13 @@ def test_long_sums_in_float32_lose_nothing():
         assert float((gradient.double() / (2040 * term) - 1).abs().max()) < 1e-7
 
 
-def test_rows_do_not_depend_on_the_batch_split():
+def test_rows_depend_on_neither_the_batch_split_nor_its_order():
     # As many rows a sample as a tile has: the interpreter's product rounds by the row's place in the tile.
     args = inputs(B=4, H=32, W=32, keep=32, needed=1, noise="drawn")
     out, dsources = outputs(args, "triton")
     per_sample = ("y", "sources", "coarse", "abar", "keep_ids", "sample_ids", "state_scale")
     grad = randn(*out.shape, seed=8)
-    for half in (slice(0, 1), slice(1, 4)):
+    for half in (slice(0, 1), slice(1, 4), torch.tensor([2, 0, 3, 1], device=DEVICE)):
         part = {k: v[half].detach() if k in per_sample else v for k, v in args.items()}
         part["sources"].requires_grad_()
         again = embed_visible(**part, impl="triton")
