@@ -238,15 +238,6 @@ def test_results_are_the_same_bits_again_and_do_not_depend_on_the_order_of_progr
         assert all(torch.equal(a, b) for a, b in zip(once[1], other[1], strict=True))
 
 
-def test_the_order_of_rows_does_not_matter():
-    x, y = sets(100, 75, 20)
-    order = torch.randperm(100).to(DEVICE)
-    (a, (gx, gy)), (b, (hx, hy)) = both(x, y), both(x.detach()[order].requires_grad_(), y)
-    assert float(a.detach()) == pytest.approx(float(b.detach()), abs=1e-6)
-    torch.testing.assert_close(gx[order], hx, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(gy, hy, rtol=1e-3, atol=1e-7)
-
-
 def test_k2_single_rows_and_no_columns():
     x, y = sets(1, 1, 3)
     value, grads = both(x, y)
