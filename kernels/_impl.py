@@ -42,10 +42,9 @@ def choose(op: str, impl: str | None, tensors: dict[str, Tensor | None] | None =
     Raises ValueError for an unknown name or tensors on different devices, and BackendError for a
     forced implementation that cannot run.
     """
+    known(op, impl)
     given = {name: t for name, t in (tensors or {}).items() if t is not None}
-    if impl is not None and impl not in NAMES:
-        raise ValueError(f"{op}: impl={impl!r} is unknown; use None or one of {NAMES}")
-    device = _common_device(op, given)
+    device = common_device(op, given)
     if impl == "reference":
         return impl
     if impl == "extension":
@@ -64,9 +63,17 @@ def choose(op: str, impl: str | None, tensors: dict[str, Tensor | None] | None =
     return "triton"
 
 
-def _common_device(op: str, tensors: dict[str, Tensor]) -> torch.device | None:
+def known(op: str, impl: str | None) -> None:
+    if impl is not None and impl not in NAMES:
+        raise ValueError(f"{op}: impl={impl!r} is unknown; use None or one of {NAMES}")
+
+
+def common_device(op: str, tensors: dict[str, Tensor | None]) -> torch.device | None:
+    """The one device of all tensors that are given; raises ValueError where they lie on several."""
     first = None
     for name, tensor in tensors.items():
+        if tensor is None:
+            continue
         if first is None:
             first, device = name, tensor.device
         elif tensor.device != device:

@@ -22,6 +22,8 @@ import math
 import torch
 from torch import Tensor
 
+from . import _extension
+
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
@@ -44,6 +46,13 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
+def split(rng) -> tuple[int, int, Tensor | None, Tensor | None]:
+    """(seed, step) as integers, 0 where they live on the device, and as tensors, None where they do not."""
+    held = [isinstance(part, Tensor) for part in rng]
+    return (*(0 if t else part for part, t in zip(rng, held, strict=True)),
+            *(part if t else None for part, t in zip(rng, held, strict=True)))  # fmt: skip
+
+
 def _call(sample_ids: Tensor, num: int, rng, stream: int):
     device = sample_ids.device
     seed, step = (torch.as_tensor(part, dtype=torch.int64, device=device) for part in rng)
@@ -53,8 +62,24 @@ def _call(sample_ids: Tensor, num: int, rng, stream: int):
     return philox4x32(index, ids & _LOW, high, step & _LOW, seed & _LOW, (seed >> 32) & _LOW)
 
 
+def _in_extension(sample_ids: Tensor, stream) -> bool:
+    # Several streams in one tensor: the reference broadcasts them.
+    known = isinstance(stream, int) and sample_ids.device.type in ("cpu", "cuda")
+    return known and not _extension.problem_on(sample_ids.device)
+
+
+def _arguments(sample_ids: Tensor, num: int, rng, stream: int) -> tuple:
+    return sample_ids.to(torch.int64).contiguous(), num, *split(rng), stream
+
+
 def integers(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
-    """(B,) int64 sample ids -> (B, num) int64 in [0, 2^32)."""
+    """(B,) int64 sample ids -> (B, num) int64 in [0, 2^32); in the extension where it can be used."""
+    if _in_extension(sample_ids, stream):
+        return torch.ops.phmdiff_fast.philox_integers(*_arguments(sample_ids, num, rng, stream))
+    return integers_reference(sample_ids, num, rng=rng, stream=stream)
+
+
+def integers_reference(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
     return _call(sample_ids, num, rng, stream)[0].expand(sample_ids.shape[0], num)
 
 
@@ -68,7 +93,16 @@ def uniforms(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
 
 
 def normals(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
-    """(B,) int64 sample ids -> (B, num) float32 standard normals (Box-Muller)."""
+    """(B,) int64 sample ids -> (B, num) float32 standard normals (Box-Muller).
+
+    In the extension where it can be used: within 2e-6 of the reference, the same integers behind them.
+    """
+    if _in_extension(sample_ids, stream):
+        return torch.ops.phmdiff_fast.philox_normals(*_arguments(sample_ids, num, rng, stream))
+    return normals_reference(sample_ids, num, rng=rng, stream=stream)
+
+
+def normals_reference(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
     words = _call(sample_ids, (num + 3) // 4, rng, stream)
     lanes = []
     for first, second in ((words[0], words[1]), (words[2], words[3])):
@@ -76,3 +110,12 @@ def normals(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
         angle = (2.0 * math.pi) * _unit(second)
         lanes += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(lanes, dim=-1).flatten(1)[:, :num]
+
+
+if not _extension.problem():
+
+    def _drawn(dtype: torch.dtype):
+        return lambda ids, num, *_: ids.new_empty(ids.shape[0], num, dtype=dtype)
+
+    torch.library.register_fake("phmdiff_fast::philox_normals", _drawn(torch.float32))
+    torch.library.register_fake("phmdiff_fast::philox_integers", _drawn(torch.int64))

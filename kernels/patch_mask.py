@@ -134,13 +134,6 @@ def restore_tokens_reference(x, fill, inverse, pos):
     return out if pos is None else out + pos.to(out.dtype)
 
 
-def _device_scalars(rng) -> tuple[int, int, Tensor | None, Tensor | None]:
-    """(seed, step) as integers, 0 where they live on the device, and as tensors, None where they do not."""
-    held = [isinstance(part, Tensor) for part in rng]
-    return (*(0 if t else part for part, t in zip(rng, held, strict=True)),
-            *(part if t else None for part, t in zip(rng, held, strict=True)))  # fmt: skip
-
-
 def draw_mask(
     sample_ids: Tensor, num_patches: int, num_keep: int,
     *, rng, stream: int = 0, drop_first: Tensor | None = None, impl: str | None = None,
@@ -168,7 +161,7 @@ def draw_mask(
     if drop_first is not None and drop_first.shape != (sample_ids.shape[0], num_patches):
         raise ValueError(f"draw_mask: drop_first must be (B, N), got {tuple(drop_first.shape)}")
     big = f"{num_patches} patches, Triton draws up to {MAX_PATCHES}" if num_patches > MAX_PATCHES else ""
-    seeds = _device_scalars(rng)
+    seeds = _philox.split(rng)
     tensors = {"sample_ids": sample_ids, "drop_first": drop_first, "seed": seeds[2], "step": seeds[3]}
     if choose("draw_mask", impl, tensors, big) == "triton":
         return ops.draw_mask(sample_ids, num_patches, num_keep, *seeds, stream, drop_first)
@@ -229,7 +222,7 @@ def embed_visible(
         raise ValueError("embed_visible: eps must have y's shape and excludes rng")
     if rng is not None and (sample_ids is None or stream is None):
         raise ValueError("embed_visible: rng needs sample_ids and stream")
-    rng_parts = (0, 0, None, None) if rng is None else _device_scalars(rng)
+    rng_parts = (0, 0, None, None) if rng is None else _philox.split(rng)
     tensors = dict(y=y, sources=sources, coarse=coarse, abar=abar, keep_ids=keep_ids, weight=weight, bias=bias, pos=pos,
                    eps=eps, state_scale=state_scale, sample_ids=sample_ids, seed=rng_parts[2],
                    step=rng_parts[3])  # fmt: skip

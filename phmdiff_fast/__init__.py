@@ -7,7 +7,6 @@ Public names are loaded on first use, so that importing the package costs no tor
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from pathlib import Path
 
 __version__ = "0.1.0"
@@ -29,8 +28,9 @@ _PUBLIC = {
     "build_pyramid": "pyramid",
     "merge_state": "pyramid",
     "upsample_add": "pyramid",
-    "haar3d": "pyramid",
-    "inverse_haar3d": "pyramid",
+    "level_error": "pyramid",
+    "haar3d": "haar",
+    "inverse_haar3d": "haar",
     "draw_mask": "kernels.patch_mask",
     "embed_visible": "kernels.patch_mask",
     "restore_tokens": "kernels.patch_mask",
@@ -44,8 +44,8 @@ __all__ = ["__version__", "has_extension", *_PUBLIC]
 
 
 def has_extension() -> bool:
-    """Whether the C++/CUDA extension was built and can be found."""
-    return importlib.util.find_spec("phmdiff_fast._C") is not None
+    """Whether the C++/CUDA extension is built and can be used (``phmdiff-fast doctor`` says why not)."""
+    return not importlib.import_module(f"{__name__}.kernels._extension").problem()
 
 
 def __getattr__(name: str):

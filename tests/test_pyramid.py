@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phmdiff_fast.pyramid import build_pyramid, haar3d, inverse_haar3d, merge_state, upsample, upsample_add
+from phmdiff_fast.haar import haar3d, inverse_haar3d
+from phmdiff_fast.pyramid import build_pyramid, merge_state, upsample, upsample_add
 
 
 def test_levels_are_block_means_and_edges_mean_over_what_exists():

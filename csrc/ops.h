@@ -1,0 +1,37 @@
+// The operations, as bind.cpp registers them. Shapes, units and sources: phmdiff_fast/pyramid.py and haar.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "common/args.h"
+
+namespace phmdiff {
+
+using torch::stable::Tensor;
+
+std::vector<Tensor> build_pyramid(const Tensor& x, int64_t levels, double alpha);
+Tensor build_pyramid_backward(const std::vector<Tensor>& grads, int64_t height, int64_t width, double alpha);
+
+Tensor merge_state(const Tensor& y, const std::optional<Tensor>& eps, const std::optional<Tensor>& coarse,
+                   const Tensor& abar, const std::optional<Tensor>& sample_ids, int64_t seed, int64_t step,
+                   const std::optional<Tensor>& seed_at, const std::optional<Tensor>& step_at, int64_t stream);
+Tensor upsample_add(const Tensor& coarse, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+                    int64_t height, int64_t width);
+Tensor level_error(const Tensor& x, const Tensor& coarse);
+std::vector<Tensor> merge_backward(const Tensor& grad, const std::optional<Tensor>& abar,
+                                   const std::optional<Tensor>& weight, bool y, bool eps, bool coarse);
+
+Tensor haar3d(const Tensor& x);
+Tensor inverse_haar3d(const Tensor& bands, int64_t x, int64_t y, int64_t z);
+
+Tensor philox_normals(const Tensor& sample_ids, int64_t num, int64_t seed, int64_t step,
+                      const std::optional<Tensor>& seed_at, const std::optional<Tensor>& step_at, int64_t stream);
+Tensor philox_integers(const Tensor& sample_ids, int64_t num, int64_t seed, int64_t step,
+                       const std::optional<Tensor>& seed_at, const std::optional<Tensor>& step_at, int64_t stream);
+Normals normals_of(const char* op, const Tensor& sample_ids, int64_t seed, int64_t step,
+                   const std::optional<Tensor>& seed_at, const std::optional<Tensor>& step_at, int64_t stream);
+
+}  // namespace phmdiff
