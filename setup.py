@@ -12,10 +12,12 @@ Without a compiler the package installs all the same, and runs its slower refere
     PHMDIFF_EXTENSION=0     do not build it            =1  fail where it cannot be built
     PHMDIFF_CUDA=0          no CUDA kernels            =1  with them, whatever torch says (nvcc is needed)
     PHMDIFF_CUDA_ARCHS      architectures, "80;90;100" unless told
+    PHMDIFF_ISAS=generic    the CPU kernels for that instruction set alone (quick builds)
     PHMDIFF_SANITIZE=1      under AddressSanitizer and UBSan (make sanitize)
     CXX, CXXFLAGS, CUDA_HOME are heeded.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -104,35 +106,44 @@ class Build(build_ext):
         work = Path(self.build_temp).resolve() / "csrc"
         work.mkdir(parents=True, exist_ok=True)
         commands = self._compile_commands(cxx, torch, nvcc if cuda else None, work)
-        stamp, wanted = work / "built", repr((commands, str(target)))
-        if not self.force and target.is_file() and stamp.is_file() and stamp.read_text() == wanted:
-            return
         with ThreadPoolExecutor(self._jobs()) as pool:
-            list(pool.map(self._run, commands.values()))
+            list(pool.map(lambda item: self._compile(*item), commands.items()))
+        if target.is_file() and target.stat().st_mtime > max(out.stat().st_mtime for out in commands):
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         link = [*cxx, "-shared", *map(str, commands), "-o", str(target), f"-L{torch / 'lib'}", "-ltorch_cpu"]
         if cuda:
-            link += [
-                f"-L{Path(nvcc).resolve().parent.parent / 'lib64'}",
-                "-lcudart_static",
-                "-ldl",
-                "-lrt",
-                "-lpthread",
-            ]
+            runtime = Path(nvcc).resolve().parent.parent / "lib64"
+            link += [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self._run(link + self._sanitize())
-        stamp.write_text(wanted)
+
+    def _compile(self, out: Path, command: list[str]) -> None:
+        """Run the command unless its result is there, made by the same command from the same text."""
+        source = Path(command[command.index("-c") + 1])
+        headers = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cuh"))
+        text = b"\0".join([repr(command).encode(), *(p.read_bytes() for p in [source, *headers])])
+        key, made = hashlib.sha256(text).hexdigest(), out.with_suffix(".made")
+        if not self.force and out.is_file() and made.is_file() and made.read_text() == key:
+            return
+        self._run(command)
+        made.write_text(key)
 
     def _compile_commands(self, cxx: list[str], torch: Path, nvcc: str | None, work: Path) -> dict[Path, list[str]]:
         """The command of each object file."""
-        x86 = platform.machine() in ("x86_64", "AMD64")
+        isas = ISAS if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
+        if os.environ.get("PHMDIFF_ISAS") == "generic":
+            isas = {"generic": []}
         host = [*cxx, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *self._sanitize()]
-        facts = [f'-DPHM_SOURCES="{fingerprint(nvcc is not None)}"', f'-DPHM_CUDA="{self._archs() if nvcc else "none"}"']
-        facts += ["-DPHM_X86"] * x86 + ["-DPHM_WITH_CUDA"] * bool(nvcc)
+        facts = [
+            f'-DPHM_SOURCES="{fingerprint(nvcc is not None)}"',
+            f'-DPHM_CUDA="{self._archs() if nvcc else "none"}"',
+        ]
+        facts += ["-DPHM_X86"] * ("avx512" in isas) + ["-DPHM_WITH_CUDA"] * bool(nvcc)
         includes = ["-isystem", str(torch / "include")]
         if nvcc:
             includes += ["-isystem", str(Path(nvcc).resolve().parent.parent / "include")]
         commands = {}
-        for isa, options in ISAS.items() if x86 else [("generic", [])]:
+        for isa, options in isas.items():
             wide = ["-mprefer-vector-width=512"] if isa == "avx512" and "clang" not in self._version(cxx) else []
             for source in sorted((CSRC / "cpu").glob("*.cpp")):
                 out = work / f"{isa}_{source.stem}.o"
