@@ -62,10 +62,8 @@ def _call(sample_ids: Tensor, num: int, rng, stream: int):
     return philox4x32(index, ids & _LOW, high, step & _LOW, seed & _LOW, (seed >> 32) & _LOW)
 
 
-def _in_extension(sample_ids: Tensor, stream) -> bool:
-    # Several streams in one tensor: the reference broadcasts them.
-    known = isinstance(stream, int) and sample_ids.device.type in ("cpu", "cuda")
-    return known and not _extension.problem_on(sample_ids.device)
+def _in_extension(sample_ids: Tensor) -> bool:
+    return sample_ids.device.type in ("cpu", "cuda") and not _extension.problem_on(sample_ids.device)
 
 
 def _arguments(sample_ids: Tensor, num: int, rng, stream: int) -> tuple:
@@ -74,7 +72,7 @@ def _arguments(sample_ids: Tensor, num: int, rng, stream: int) -> tuple:
 
 def integers(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
     """(B,) int64 sample ids -> (B, num) int64 in [0, 2^32); in the extension where it can be used."""
-    if _in_extension(sample_ids, stream):
+    if _in_extension(sample_ids):
         return torch.ops.phmdiff_fast.philox_integers(*_arguments(sample_ids, num, rng, stream))
     return integers_reference(sample_ids, num, rng=rng, stream=stream)
 
@@ -97,7 +95,7 @@ def normals(sample_ids: Tensor, num: int, *, rng, stream: int) -> Tensor:
 
     In the extension where it can be used: within 2e-6 of the reference, the same integers behind them.
     """
-    if _in_extension(sample_ids, stream):
+    if _in_extension(sample_ids):
         return torch.ops.phmdiff_fast.philox_normals(*_arguments(sample_ids, num, rng, stream))
     return normals_reference(sample_ids, num, rng=rng, stream=stream)
 

@@ -29,9 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import _extension, _philox, _pyramid_ops  # noqa: F401  (_pyramid_ops registers the gradients of merging)
 from . import _patch_mask_ops as ops
-from . import _philox
-from ._impl import choose
+from ._impl import BackendError, choose
 
 MAX_PATCHES = 16384  # of a sample that Triton draws a mask for
 
@@ -89,10 +89,9 @@ def embed_visible_reference(
     *, eps=None, rng=None, sample_ids=None, stream=None, state_scale=None,
 ):  # fmt: skip
     channels, height, width = y.shape[1:]
-    merged = channels + sources.shape[1] + (0 if coarse is None else channels)
-    patch = _side(weight.shape[1], merged)
+    patch = _side(weight.shape[1], channels + sources.shape[1] + (0 if coarse is None else channels))
     if rng is not None:
-        eps = _philox.normals(sample_ids, y.shape[1:].numel(), rng=rng, stream=stream).view_as(y)
+        eps = _philox.normals_reference(sample_ids, y.shape[1:].numel(), rng=rng, stream=stream).view_as(y)
     state = _per_sample(abar.sqrt()) * patch_rows(y, patch, keep_ids)  # (B, K, C, p p)
     if eps is not None:
         state = state + _per_sample((1 - abar).sqrt()) * patch_rows(eps, patch, keep_ids)
@@ -102,6 +101,33 @@ def embed_visible_reference(
         up = patch_rows(up[..., :height, :width], patch, keep_ids)
         state = state + _per_sample(1 - abar.sqrt()) * up
         parts.append(up)
+    return _tokens(state, parts, keep_ids, weight, bias, pos, state_scale)
+
+
+def embed_visible_merged(
+    y, sources, coarse, abar, keep_ids, weight, bias, pos,
+    *, eps=None, rng=None, sample_ids=None, stream=None, state_scale=None,
+):  # fmt: skip
+    """The CPU path with the extension: one pass over the image forms Eq. 6, then kept patches are gathered."""
+    channels, height, width = y.shape[1:]
+    patch = _side(weight.shape[1], channels + sources.shape[1] + (0 if coarse is None else channels))
+    merge = torch.ops.phmdiff_fast
+    if eps is None and rng is None:
+        state = _per_sample(abar.sqrt()) * y
+        if coarse is not None:
+            state = merge.upsample_add(coarse, state, 1 - abar.sqrt(), height, width)
+    else:
+        draw = (0, 0, None, None, 0) if rng is None else (*_philox.split(rng), stream)
+        ids = None if rng is None else sample_ids.contiguous()
+        state = merge.merge_state(y, eps, coarse, abar.contiguous(), ids, *draw)
+    parts = [patch_rows(sources, patch, keep_ids)]
+    if coarse is not None:
+        parts.append(patch_rows(merge.upsample_add(coarse, None, None, height, width), patch, keep_ids))
+    return _tokens(patch_rows(state, patch, keep_ids), parts, keep_ids, weight, bias, pos, state_scale)
+
+
+def _tokens(state, parts, keep_ids, weight, bias, pos, state_scale):
+    """The patch embedding's product: state (B, K, C, p p) and the other channels' patches -> (B, K, D)."""
     if state_scale is not None:
         state = _per_sample(state_scale) * state
     patches = torch.cat([state, *parts], dim=2).flatten(2)  # (B, K, P)
@@ -226,17 +252,36 @@ def embed_visible(
     tensors = dict(y=y, sources=sources, coarse=coarse, abar=abar, keep_ids=keep_ids, weight=weight, bias=bias, pos=pos,
                    eps=eps, state_scale=state_scale, sample_ids=sample_ids, seed=rng_parts[2],
                    step=rng_parts[3])  # fmt: skip
-    if choose("embed_visible", impl, tensors, _why_not_fused(tensors)) == "reference":
-        return embed_visible_reference(
-            y, sources, coarse, abar, keep_ids, weight, bias, pos,
-            eps=eps, rng=rng, sample_ids=sample_ids, stream=stream, state_scale=state_scale,
-        )  # fmt: skip
+    chosen = None
+    if impl == "extension":
+        chosen = embed_visible_merged
+        if why := _why_not_merged(tensors):
+            raise BackendError(f"embed_visible: impl='extension' cannot run here: {why}")
+    elif choose("embed_visible", impl, tensors, _why_not_fused(tensors)) == "reference":
+        merges = impl is None and y.device.type == "cpu" and not _why_not_merged(tensors)
+        chosen = embed_visible_merged if merges else embed_visible_reference
+    if chosen is not None:
+        return chosen(y, sources, coarse, abar, keep_ids, weight, bias, pos,
+                      eps=eps, rng=rng, sample_ids=sample_ids, stream=stream, state_scale=state_scale)  # fmt: skip
     if torch.is_autocast_enabled(y.device.type):  # as F.linear: the product is 16-bit. abar is never cast
         kind = torch.get_autocast_dtype(y.device.type)
         weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
     return ops.embed_visible(y, sources, coarse, abar, keep_ids, weight, bias, pos, eps, state_scale,
                              sample_ids, rng_parts[2], rng_parts[3], *rng_parts[:2], stream or 0,
                              rng is not None)  # fmt: skip
+
+
+def _why_not_merged(tensors: dict[str, Tensor | None]) -> str:
+    """Why the extension does not merge these inputs; empty if it does."""
+    y, eps, coarse, abar = (tensors[name] for name in ("y", "eps", "coarse", "abar"))
+    if why := _extension.problem_on(y.device):
+        return why
+    if abar.requires_grad and torch.is_grad_enabled():
+        return "abar needs a gradient, which only the reference gives"
+    mixed = any(t is not None and t.dtype != y.dtype for t in (eps, coarse))
+    if mixed or abar.dtype != torch.promote_types(y.dtype, torch.float32):
+        return "y, eps and coarse must be of one type, abar float32 (float64 beside float64)"
+    return ""
 
 
 def _why_not_fused(tensors: dict[str, Tensor | None]) -> str:

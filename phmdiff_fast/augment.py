@@ -187,9 +187,10 @@ def add_noise(sources: Tensor, sigma: Tensor, sample_ids: Tensor, rng, physical:
 def _several(draw, sample_ids: Tensor, num: int, rng, first: int, last: int) -> dict[int, Tensor]:
     """{stream: (B, num)} of Philox streams first..last, in one call: on a CPU that costs what one stream does."""
     streams = torch.arange(first, last + 1, device=sample_ids.device)
-    count, batch = last + 1 - first, len(sample_ids)
-    drawn = draw(sample_ids.repeat(count), num, rng=rng, stream=streams[:, None].expand(-1, batch).reshape(-1, 1))
-    return dict(enumerate(drawn.view(count, batch, num), first))
+    # A counter holds sample xor stream << 56, so a sample of that name is the sample's own stream.
+    names = sample_ids ^ (streams[:, None] << 56)
+    drawn = draw(names.flatten(), num, rng=rng, stream=0)
+    return dict(enumerate(drawn.view(*names.shape, num), first))
 
 
 def _each_channel(of_source: Tensor, group: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _pyramid_ops
+from .kernels import _pyramid_ops
 from .kernels._extension import choose
 
 

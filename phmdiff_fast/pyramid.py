@@ -24,10 +24,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _pyramid_ops
-from ._pyramid_ops import half, side_below
-from .kernels import _philox
+from .kernels import _philox, _pyramid_ops
 from .kernels._extension import choose
+from .kernels._pyramid_ops import half, side_below
 
 MOST_LEVELS = 25  # of one call, x included
 

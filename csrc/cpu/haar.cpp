@@ -57,16 +57,18 @@ template <typename T>
 void haar_forward(const HaarArgs& a, int64_t begin, int64_t end) {
   using A = wide_t<T>;
   const int64_t pairs = half_of(a.z);
-  const Rows<A> scratch(13, a.z + 1);
-  std::fill(scratch[12], scratch[12] + a.z + 1, A(0));
+  const Rows<A> scratch(5, a.z + 1);
+  const Writer<T> writer(8, pairs, 8 * a.batch * a.channels * half_of(a.x) * half_of(a.y) * pairs * int64_t(sizeof(T)));
+  std::fill(scratch[4], scratch[4] + a.z + 1, A(0));
   for (int64_t unit = begin; unit < end; ++unit) {
     const Place p = place_of(a, unit);
     const A* rows[4];
     for (int r = 0; r < 4; ++r) {
       const int64_t i = 2 * p.i + r / 2, j = 2 * p.j + r % 2;
-      rows[r] = scratch[12];  // zeros beyond an odd side
+      rows[r] = scratch[4];  // zeros beyond an odd side
       if (i >= a.x || j >= a.y) continue;
       const T* in = static_cast<const T*>(a.in) + ((p.volume * a.x + i) * a.y + j) * a.z;
+      prefetch_ahead(in, a.z, a.z);
       rows[r] = read_row(in, a.z, scratch[r]);
       if (a.z % 2) {
         if (rows[r] != scratch[r]) std::copy(rows[r], rows[r] + a.z, scratch[r]);
@@ -76,10 +78,10 @@ void haar_forward(const HaarArgs& a, int64_t begin, int64_t end) {
     }
     T* out = static_cast<T*>(a.out) + p.band;
     A* bands[8];
-    for (int n = 0; n < 8; ++n) bands[n] = place(out + n * p.apart, scratch[4 + n]);
+    for (int n = 0; n < 8; ++n) bands[n] = writer.place(out + n * p.apart, n);
     split_rows<A>(rows[0], rows[1], rows[2], rows[3], pairs, bands[0], bands[1], bands[2], bands[3], bands[4], bands[5],
                   bands[6], bands[7]);
-    for (int n = 0; n < 8; ++n) written(bands[n], pairs, out + n * p.apart);
+    for (int n = 0; n < 8; ++n) writer.written(out + n * p.apart, pairs, n);
   }
 }
 
@@ -88,11 +90,15 @@ void haar_inverse(const HaarArgs& a, int64_t begin, int64_t end) {
   using A = wide_t<T>;
   const int64_t pairs = half_of(a.z);
   const Rows<A> scratch(12, a.z + 1);
+  const Writer<T> writer(4, a.z, a.batch * a.channels * a.x * a.y * a.z * int64_t(sizeof(T)));
   for (int64_t unit = begin; unit < end; ++unit) {
     const Place p = place_of(a, unit);
     const T* in = static_cast<const T*>(a.in) + p.band;
     const A* bands[8];
-    for (int n = 0; n < 8; ++n) bands[n] = read_row(in + n * p.apart, pairs, scratch[4 + n]);
+    for (int n = 0; n < 8; ++n) {
+      prefetch_ahead(in + n * p.apart, pairs, pairs);
+      bands[n] = read_row(in + n * p.apart, pairs, scratch[4 + n]);
+    }
     T* outs[4];
     A* rows[4];
     for (int r = 0; r < 4; ++r) {
@@ -100,14 +106,14 @@ void haar_inverse(const HaarArgs& a, int64_t begin, int64_t end) {
       const bool inside = i < a.x && j < a.y;
       outs[r] = inside ? static_cast<T*>(a.out) + ((p.volume * a.x + i) * a.y + j) * a.z : nullptr;
       // The last column of an odd side is cropped, so those rows are written beside and copied.
-      rows[r] = inside && a.z % 2 == 0 ? place(outs[r], scratch[r]) : scratch[r];
+      rows[r] = inside && a.z % 2 == 0 ? writer.place(outs[r], r) : scratch[r];
     }
     join_rows<A>(bands[0], bands[1], bands[2], bands[3], bands[4], bands[5], bands[6], bands[7], pairs, rows[0], rows[1],
                  rows[2], rows[3]);
     for (int r = 0; r < 4; ++r) {
       if (!outs[r]) continue;
-      if (std::is_same_v<T, A> && a.z % 2) std::copy(rows[r], rows[r] + a.z, place(outs[r], rows[r]));
-      written(rows[r], a.z, outs[r]);
+      if (a.z % 2) std::copy(rows[r], rows[r] + a.z, writer.place(outs[r], r));
+      writer.written(outs[r], a.z, r);
     }
   }
 }

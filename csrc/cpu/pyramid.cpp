@@ -47,7 +47,10 @@ struct Forward {
   // Row i of level n in the wide type; `which` (0 or 1) tells the two rows of a pair apart.
   const A* row(int n, int64_t i, int which) const {
     const int64_t width = sides.width[n];
-    if (n == 0) return read_row(x + i * a.x.row, width, scratch[which]);
+    if (n == 0) {
+      prefetch_ahead(x + i * a.x.row, width, a.x.row);
+      return read_row(x + i * a.x.row, width, scratch[which]);
+    }
     const A* top = row(n - 1, 2 * i, 0);
     const A* bottom = 2 * i + 1 < sides.height[n - 1] ? row(n - 1, 2 * i + 1, 1) : nullptr;
     T* out = static_cast<T*>(a.level[n - 1]) + (plane * sides.height[n] + i) * width;
@@ -88,6 +91,7 @@ struct Backward {
   const PyramidArgs& a;
   const Sides& sides;
   const Rows<A>& scratch;
+  const Writer<T>& writer;
   int64_t plane;
   T* x;
 
@@ -98,9 +102,8 @@ struct Backward {
     for (int64_t r = 2 * i; r < 2 * i + rows; ++r) {
       if (n == 1) {
         T* out = x + r * width;
-        A* wide = place(out, scratch[0]);
-        spread_row<A>(coarse, nullptr, rows, width, wide);
-        written(wide, width, out);
+        spread_row<A>(coarse, nullptr, rows, width, writer.place(out));
+        writer.written(out, width);
         continue;
       }
       const A* add = gradient(n - 1, r, scratch[2 * n - 2]);
@@ -133,11 +136,12 @@ template <typename T>
 void pyramid_backward(const PyramidArgs& a, int64_t begin, int64_t end) {
   const Sides sides(a);
   const Rows<wide_t<T>> scratch(2 * (a.levels + 1), a.shape.width);
-  const int64_t rows = sides.height[a.levels];
+  const int64_t rows = sides.height[a.levels], plane_size = a.shape.height * a.shape.width;
+  const Writer<T> writer(1, a.shape.width, a.shape.batch * a.shape.channels * plane_size * int64_t(sizeof(T)));
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t plane = unit / rows, i = unit % rows;
-    T* x = static_cast<T*>(a.x.data) + plane * a.shape.height * a.shape.width;
-    const Backward<T> backward{a, sides, scratch, plane, x};
+    T* x = static_cast<T*>(a.x.data) + plane * plane_size;
+    const Backward<T> backward{a, sides, scratch, writer, plane, x};
     backward.down(a.levels, i, backward.gradient(a.levels, i, scratch[2 * a.levels]));
   }
 }

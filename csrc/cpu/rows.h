@@ -4,12 +4,14 @@
 
 #include "../common/types.h"
 
+#include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <type_traits>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -81,6 +83,86 @@ template <typename T>
 inline void written(const wide_t<T>* row, int64_t n, T* out) {
   if constexpr (!std::is_same_v<T, wide_t<T>>) narrow_row(row, n, out);
 }
+
+// Ask for the row some 4 KiB further on, which a walk over rows comes to soon: hardware stops at every page.
+template <typename T>
+inline void prefetch_ahead(const T* row, int64_t n, int64_t stride) {
+  const int64_t bytes = n * int64_t(sizeof(T)), apart = stride * int64_t(sizeof(T));
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(row) + uintptr_t(apart * (bytes < 4096 ? 4096 / (bytes + 1) : 1));
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + uintptr_t(at)));
+}
+
+// Outputs this large are written past the caches: they would not be there any more when somebody reads them, and
+// a line that is written whole need not be fetched first.
+constexpr int64_t STREAMED_BYTES = int64_t(32) << 20;
+
+// Copy a row past the caches; lines it does not fill are written the usual way.
+template <typename T>
+inline void stream_row(const T* in, int64_t n, T* out) {
+#if defined(__AVX512F__)
+  const char* from = reinterpret_cast<const char*>(in);
+  char* to = reinterpret_cast<char*>(out);
+  char* const end = to + n * int64_t(sizeof(T));
+  const int64_t head = std::min<int64_t>(end - to, -reinterpret_cast<intptr_t>(to) & 63);
+  std::memcpy(to, from, size_t(head));
+  to += head, from += head;
+  for (; to + 64 <= end; to += 64, from += 64)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  std::memcpy(to, from, size_t(end - to));
+#elif defined(__AVX2__)
+  const char* from = reinterpret_cast<const char*>(in);
+  char* to = reinterpret_cast<char*>(out);
+  char* const end = to + n * int64_t(sizeof(T));
+  const int64_t head = std::min<int64_t>(end - to, -reinterpret_cast<intptr_t>(to) & 31);
+  std::memcpy(to, from, size_t(head));
+  to += head, from += head;
+  for (; to + 32 <= end; to += 32, from += 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  std::memcpy(to, from, size_t(end - to));
+#else
+  std::copy(in, in + n, out);
+#endif
+}
+
+// After streamed rows, before anybody else may read them.
+inline void streamed() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Where results go: straight to memory, or, for large outputs, to a scratch row that is then streamed there.
+template <typename T>
+class Writer {
+ public:
+  using A = wide_t<T>;
+  Writer(int64_t rows, int64_t length, int64_t output_bytes)
+      : stream_(output_bytes >= STREAMED_BYTES), wide_(rows, length), narrow_(rows, length) {}
+  ~Writer() {
+    if (stream_) streamed();
+  }
+  // Write a row here ...
+  A* place(T* out, int64_t which = 0) const {
+    if constexpr (std::is_same_v<T, A>) return stream_ ? wide_[which] : out;
+    return wide_[which];
+  }
+  // ... and say so.
+  void written(T* out, int64_t n, int64_t which = 0) const {
+    if constexpr (std::is_same_v<T, A>) {
+      if (stream_) stream_row(wide_[which], n, out);
+    } else if (stream_) {
+      narrow_row(wide_[which], n, narrow_[which]);
+      stream_row(narrow_[which], n, out);
+    } else {
+      narrow_row(wide_[which], n, out);
+    }
+  }
+
+ private:
+  bool stream_;
+  Rows<A> wide_;
+  Rows<T> narrow_;
+};
 
 }  // namespace PHM_ISA
 }  // namespace phmdiff

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .kernels._extension import problem
+from ._extension import problem
 
 ops = torch.ops.phmdiff_fast
 
