@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo_out
 , := ,
 
-.PHONY: demo test bench mutants kernel-report gpu-check gpu-kernel-tests lint clean
+.PHONY: demo test bench mutants sanitize kernel-report gpu-check gpu-kernel-tests lint clean
 .DELETE_ON_ERROR:
 
 define install
@@ -19,11 +19,14 @@ define install
 	@$(BIN)/pip install -q --no-build-isolation -e ".[$(1)]"
 endef
 
-$(VENV)/.demo: pyproject.toml setup.py
+# What the installation builds: the C++ extension too.
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+
+$(VENV)/.demo: $(SOURCES)
 	$(call install,demo)
 	@touch $@
 
-$(VENV)/.test: pyproject.toml setup.py
+$(VENV)/.test: $(SOURCES)
 	$(call install,test$(,)demo$(,)bench)
 	@touch $@
 
@@ -43,6 +46,14 @@ bench: $(VENV)/.test
 # Do the tests of the kernels notice planted faults? Minutes; not part of `make test`.
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py --jobs $(shell nproc)
+
+# The extension's tests under AddressSanitizer and UBSan, in a build of its own. Minutes.
+SANITIZED := build/sanitize/lib/phmdiff_fast/_C.so
+sanitize: $(VENV)/.test
+	PHMDIFF_SANITIZE=1 PHMDIFF_CUDA=0 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PHMDIFF_EXTENSION=$(CURDIR)/$(SANITIZED) \
+	$(BIN)/python -m pytest $(wildcard tests/test_pyramid*.py) tests/test_haar.py tests/test_philox.py tests/test_phmdiff.py
 
 # Registers and spills of every kernel on sm_80, sm_90 and sm_100, and bytes moved over the floor. No GPU needed.
 kernel-report: $(VENV)/.test

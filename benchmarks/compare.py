@@ -82,7 +82,7 @@ def best(figures: dict) -> float | None:
 
 HEADS = ("operation", "shape", "way", "variant", "call us", "graph us", "x eager", "x compile", "x ours", "GB/s",
          "TFLOP/s", "share", "peak MiB")  # fmt: skip
-OURS = ("triton", "reference")  # the first of them that was timed
+OURS = ("triton", "extension", "reference")  # the first of them that was timed
 
 
 def table(records: list[dict]) -> list[tuple]:
@@ -114,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shape", help="only cases whose shape contains this text")
     parser.add_argument("--tag", help="only cases with this tag, e.g. check")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if harness.CUDA else "cpu")
+    parser.add_argument("--threads", type=int, help="of a CPU, all by default")
     parser.add_argument("--variants", help="comma-separated; all by default")
     parser.add_argument("--way", choices=harness.WAYS, help="both by default")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing a variant, %(default)s")
@@ -127,6 +128,9 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks.traffic import print_table
 
     device = torch.device(args.device)
+    if device.type == "cpu":
+        harness.keep_freed_memory()
+        torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
         cases = [c for c in harness.load_cases(args.op, args.bench) if harness.belongs(c, args.device)]
     except ValueError as problem:

@@ -10,12 +10,14 @@ float64. "forward" is timed as in training: with a graph recorded where inputs r
 the backward alone: ``torch.autograd.grad`` over a graph that was recorded beforehand and is kept
 (retain_graph, so torch.compile may not reuse the buffers it saved). On a GPU each call is timed by
 CUDA events, launched from Python and again as a replayed CUDA graph, with the L2 flushed before
-every call where a case is large. Medians throughout.
+every call where a case is large. On a CPU freed memory is kept by the process, for every variant.
+Medians throughout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import datetime
 import gc
 import importlib
@@ -303,6 +305,18 @@ def seconds(call: Callable[[], object], device: torch.device, *, flush: bool = F
     return start.elapsed_time(end) * 1e-3 / calls
 
 
+@lru_cache
+def keep_freed_memory() -> bool:
+    """Have glibc keep what is freed, so that on a CPU outputs are reused and page faults, which cost more than
+    most operations here, are timed for no variant. False where there is no glibc."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:
+        return False
+    never_map, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    return bool(mallopt(*never_map) and mallopt(*never_trim))
+
+
 def plan(call: Callable[[], object], device: torch.device, *, flush: bool, budget: float = 0.5) -> tuple[int, int]:
     """(rounds, calls a round) that take about ``budget`` seconds; also the warm-up."""
     for _ in range(3 if device.type == "cuda" else 1):
@@ -410,6 +424,8 @@ def run(benchmark, device: torch.device, case: Case, variant: str, way: str) -> 
     """One cell under pytest-benchmark: check, then time. Fails without a figure if the result is wrong."""
     import pytest
 
+    if device.type == "cpu":
+        keep_freed_memory()
     benchmark.group = f"{case.op} [{case.shape}] {way} on {device.type}"
     torch.manual_seed(0)
     try:

@@ -18,8 +18,9 @@ from pathlib import Path
 from phmdiff_fast.html_page import FOOT, HEAD, escaped
 
 INK, FAINT, GRID = "#1b1f24", "#8a929c", "#e4e7eb"
-# Okabe and Ito's palette; ours are the two that stand out.
-COLOURS = {"literal": "#b9c0c8", "eager": "#56b4e9", "compile": "#0072b2", "reference": "#e69f00", "triton": "#d55e00"}
+# Okabe and Ito's palette; ours are those that stand out.
+COLOURS = {"literal": "#b9c0c8", "eager": "#56b4e9", "compile": "#0072b2", "reference": "#e69f00",
+           "extension": "#d55e00", "triton": "#d55e00"}  # fmt: skip
 ORDER = list(COLOURS)
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }
@@ -168,8 +169,8 @@ def page(rows: list[dict], others: list[dict], title: str = "Kernels: speed and 
     if rows:
         out.append(
             "<p class='note'>Medians. <b>literal</b> is the form found in other code, <b>eager</b> tuned PyTorch, "
-            "<b>compile</b> torch.compile of eager, <b>reference</b> and <b>triton</b> are ours. On a GPU bars show "
-            "the replayed CUDA graph. The ceiling is a copy, or a bf16 product where arithmetic binds; a share "
+            "<b>compile</b> torch.compile of eager, <b>reference</b>, <b>extension</b> and <b>triton</b> are ours. "
+            "On a GPU bars show the replayed CUDA graph. The ceiling is a copy, or a bf16 product where arithmetic binds; a share "
             "marked * moves less than 256 MiB, so that caches take part and it may exceed 100 %. The dashed lines "
             "are eager and the ceiling.</p>"
         )

@@ -1,7 +1,7 @@
 """The C++/CUDA extension (csrc/): whether it can be used here, why not, and who uses it when.
 
 It is one library, phmdiff_fast/_C.so, brought in on first use; it registers its operations in
-``torch.ops.phmdiff_fast``. ``PHMDIFF_EXTENSION=0`` leaves it out. setup.py uses this file too (for the
+``torch.ops.phmdiff_fast``. ``PHMDIFF_EXTENSION=0`` leaves it out, a path in it names another build. setup.py uses this file too (for the
 fingerprint), so it imports torch only inside functions.
 """
 
@@ -33,21 +33,23 @@ def fingerprint(csrc: Path, cuda: bool) -> str:
 def status() -> tuple[str, dict[str, str]]:
     """("", facts) where the extension is loaded, else (why it is not, {}); facts: "cpu" (instruction set),
     "cuda" (architectures, or "none"), "sources" (fingerprint)."""
-    if os.environ.get("PHMDIFF_EXTENSION") == "0":
+    asked = os.environ.get("PHMDIFF_EXTENSION", "1")
+    if asked == "0":
         return "PHMDIFF_EXTENSION=0 leaves the extension out", {}
     spec = find_spec("phmdiff_fast._C")
-    if spec is None or not spec.origin:
+    file = asked if os.sep in asked else spec and spec.origin
+    if not file:
         return "the extension is not built (it needs a C++ compiler when this package is installed)", {}
     import torch
 
     try:
-        library = ctypes.CDLL(spec.origin)
+        library = ctypes.CDLL(file)
         library.phmdiff_fast_extension.restype = ctypes.c_char_p
         facts = dict(word.split("=", 1) for word in library.phmdiff_fast_extension().decode().split(" "))
-        csrc = Path(spec.origin).resolve().parent.parent / "csrc"
+        csrc = Path(__file__).resolve().parent.parent / "csrc"
         if csrc.is_dir() and facts["sources"] != fingerprint(csrc, facts["cuda"] != "none"):
             return f"the extension was built from other sources than those in csrc/: {REBUILD}", {}
-        torch.ops.load_library(spec.origin)
+        torch.ops.load_library(file)
     except (OSError, RuntimeError, AttributeError) as problem:
         return f"the extension cannot be loaded ({str(problem).splitlines()[0]}): {REBUILD}", {}
     return "", facts

@@ -36,8 +36,10 @@ from ._impl import BackendError, choose
 MAX_PATCHES = 16384  # of a sample that Triton draws a mask for
 
 
-def draw_mask_reference(sample_ids, num_patches, num_keep, *, rng, stream=0, drop_first=None):
-    keys = _philox.integers(sample_ids, num_patches, rng=rng, stream=stream)  # (B, N)
+def draw_mask_reference(
+    sample_ids, num_patches, num_keep, *, rng, stream=0, drop_first=None, integers=_philox.integers_reference
+):
+    keys = integers(sample_ids, num_patches, rng=rng, stream=stream)  # (B, N)
     # The index makes every packed key unique: no tie, so no order left to define.
     packed = (keys << 24) | torch.arange(num_patches, dtype=torch.int64, device=keys.device)
     if drop_first is not None:
@@ -191,7 +193,9 @@ def draw_mask(
     tensors = {"sample_ids": sample_ids, "drop_first": drop_first, "seed": seeds[2], "step": seeds[3]}
     if choose("draw_mask", impl, tensors, big) == "triton":
         return ops.draw_mask(sample_ids, num_patches, num_keep, *seeds, stream, drop_first)
-    return draw_mask_reference(sample_ids, num_patches, num_keep, rng=rng, stream=stream, drop_first=drop_first)
+    integers = _philox.integers if impl is None else _philox.integers_reference  # the same numbers, one sooner
+    return draw_mask_reference(sample_ids, num_patches, num_keep, rng=rng, stream=stream, drop_first=drop_first,
+                               integers=integers)  # fmt: skip
 
 
 def embed_visible(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .kernels import _philox
-from .pyramid import per_sample
+from .pyramid import merge_state, per_sample
 
 COSINE_OFFSET, MAX_BETA = 0.008, 0.999  # Nichol & Dhariwal 2021, section 3.2
 
@@ -67,7 +67,7 @@ class Schedule(nn.Module):
 
 def noised(y: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     """y_t = sqrt(abar) y + sqrt(1 - abar) eps (Eq. 2-3). y, eps (B, C, H, W); abar (B,)."""
-    return per_sample(abar.sqrt()) * y + per_sample((1 - abar).sqrt()) * eps
+    return merge_state(y, eps, None, abar)
 
 
 def x0_from_eps(y_t: Tensor, eps: Tensor, abar: Tensor) -> Tensor:

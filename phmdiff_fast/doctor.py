@@ -7,15 +7,15 @@ import importlib.util
 import platform
 import shutil
 
-from . import __version__, has_extension
+from . import __version__
 from .attention import backend_name
 from .device import has_native_bf16, pick_device, pick_precision
-from .kernels import _impl
+from .kernels import _extension, _impl
 
 PACKAGES = ("torch", "triton", "xformers", "numpy", "nibabel", "scipy", "scikit-image", "safetensors",
             "matplotlib", "nilearn", "nvtx", "pytest-benchmark")  # fmt: skip
 KERNELS = ("draw_mask", "embed_visible", "restore_tokens", "adaln_modulate", "gated_residual_adaln", "mmd2")
-PYRAMID = ("build_pyramid", "merge_state", "upsample_add", "haar3d")
+PYRAMID = ("build_pyramid", "merge_state", "upsample_add", "level_error", "haar3d", "normals")
 
 
 def _version(package: str) -> str:
@@ -39,10 +39,16 @@ def report() -> list[str]:
     lines.append(f"  {'nvcc':<17}{shutil.which('nvcc') or 'not found'}")
     native = "native" if has_native_bf16(device) else "not native, so float32 is faster"
     lines.append(f"device: {name}; precision auto -> {str(dtype)[6:]} (bf16 is {native})")
+    why, facts = _extension.status()
+    built = "on the CPU {cpu}; CUDA kernels {cuda}".format(**facts) if facts else f"not in use: {why}"
+    lines.append(f"extension: {built}")
     lines.append("operations:")
     backend, why = _impl.default(device)
     lines += [f"  {op:<22}{backend}{': ' * bool(why)}{why}" for op in KERNELS]
-    reason = "built, but this version does not use it" if has_extension() else "the extension is not built"
-    lines += [f"  {op:<22}reference: {reason}" for op in PYRAMID]
+    why = _extension.problem_on(device)
+    if backend == "reference" and not why:
+        of_embed = next(n for n, line in enumerate(lines) if line.startswith("  embed_visible"))
+        lines[of_embed] = f"  {'embed_visible':<22}extension for Eq. 6, else reference: Triton kernels need a GPU"
+    lines += [f"  {op:<22}{'reference: ' + why if why else 'extension'}" for op in PYRAMID]
     lines.append(f"  {'attention':<22}{backend_name(device.type, dtype)}")
     return lines
