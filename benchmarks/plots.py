@@ -170,9 +170,9 @@ def page(rows: list[dict], others: list[dict], title: str = "Kernels: speed and 
         out.append(
             "<p class='note'>Medians. <b>literal</b> is the form found in other code, <b>eager</b> tuned PyTorch, "
             "<b>compile</b> torch.compile of eager, <b>reference</b>, <b>extension</b> and <b>triton</b> are ours. "
-            "On a GPU bars show the replayed CUDA graph. The ceiling is a copy, or a bf16 product where arithmetic binds; a share "
-            "marked * moves less than 256 MiB, so that caches take part and it may exceed 100 %. The dashed lines "
-            "are eager and the ceiling.</p>"
+            "On a GPU bars show the replayed CUDA graph. The ceiling is a copy, or a bf16 product where arithmetic "
+            "binds; a share marked * moves less than 256 MiB, so that caches take part and it may exceed 100 %. "
+            "The dashed lines are eager and the ceiling.</p>"
         )
     for (device, op, way), part in grouped(rows, "device", "op", "way").items():
         drawn = base64.b64encode(figure(part).encode()).decode()

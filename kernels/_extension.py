@@ -1,8 +1,8 @@
 """The C++/CUDA extension (csrc/): whether it can be used here, why not, and who uses it when.
 
 It is one library, phmdiff_fast/_C.so, brought in on first use; it registers its operations in
-``torch.ops.phmdiff_fast``. ``PHMDIFF_EXTENSION=0`` leaves it out, a path in it names another build. setup.py uses this file too (for the
-fingerprint), so it imports torch only inside functions.
+``torch.ops.phmdiff_fast``. ``PHMDIFF_EXTENSION=0`` leaves it out, a path in it names another build.
+setup.py uses this file too (for the fingerprint), so it imports torch only inside functions.
 """
 
 from __future__ import annotations
