@@ -70,6 +70,8 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check: export PYTHONPATH := .:carry/site
 gpu-check:
 	@$(GPU_PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'gpu-check: torch sees no GPU here')"
+	PHMDIFF_EXTENSION=1 PHMDIFF_CUDA=1 PHMDIFF_CUDA_ARCHS=$$($(GPU_PYTHON) -c "import torch; print('%d%d' % torch.cuda.get_device_capability())") \
+		$(GPU_PYTHON) setup.py -q build_ext --inplace
 	$(GPU_PYTHON) -m pytest tests -m gpu
 	$(GPU_PYTHON) -m benchmarks.compare --device cuda --tag check --seconds 0.3 --json $(RESULTS)/gpu-compare.json
 	$(GPU_PYTHON) -m pytest benchmarks/bench_train.py benchmarks/bench_sampling.py --benchmark-only --benchmark-json=$(RESULTS)/gpu-check.json

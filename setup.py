@@ -111,10 +111,9 @@ class Build(build_ext):
         if target.is_file() and target.stat().st_mtime > max(out.stat().st_mtime for out in commands):
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        link = [*cxx, "-shared", *map(str, commands), "-o", str(target), f"-L{torch / 'lib'}", "-ltorch_cpu"]
-        if cuda:
-            runtime = Path(nvcc).resolve().parent.parent / "lib64"
-            link += [f"-L{runtime}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        # nvcc knows where CUDA's runtime is, which goes in whole: no libcudart is needed where this runs.
+        link = [nvcc, "-cudart", "static", "-ccbin", cxx[-1]] if cuda else cxx
+        link = [*link, "-shared", *map(str, commands), "-o", str(target), f"-L{torch / 'lib'}", "-ltorch_cpu"]
         self._run(link + self._sanitize())
 
     def _compile(self, out: Path, command: list[str]) -> None:
@@ -140,8 +139,6 @@ class Build(build_ext):
         ]
         facts += ["-DPHM_X86"] * ("avx512" in isas) + ["-DPHM_WITH_CUDA"] * bool(nvcc)
         includes = ["-isystem", str(torch / "include")]
-        if nvcc:
-            includes += ["-isystem", str(Path(nvcc).resolve().parent.parent / "include")]
         commands = {}
         for isa, options in isas.items():
             wide = ["-mprefer-vector-width=512"] if isa == "avx512" and "clang" not in self._version(cxx) else []

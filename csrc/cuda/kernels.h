@@ -2,9 +2,10 @@
 // CPU-only torch. Every launcher only puts work on the stream: no allocation, no synchronisation.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "../common/args.h"
+
+// As CUDA declares it; so what only calls the launchers needs no header of CUDA.
+using cudaStream_t = struct CUstream_st*;
 
 namespace phmdiff {
 namespace cuda {
