@@ -29,7 +29,7 @@ Tensor draw(const char* op, const Tensor& sample_ids, int64_t num, const Normals
   const DrawArgs a{normals, batch, num, out.mutable_data_ptr()};
   const int64_t piece = 4096, pieces = (num + piece - 1) / piece;
   const auto on_cpu = [&] {
-    in_parallel(batch * pieces, 8 * piece, [&](int64_t begin, int64_t end) {
+    in_parallel(batch * pieces, 8 * std::min(piece, num), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t b = unit / pieces, first = unit % pieces * piece, count = std::min(piece, num - first);
         const Stream s = stream_of(a.normals, b);

@@ -61,7 +61,8 @@ int64_t columns_by_permutation(const float* in, const Axis<float>& axis, float* 
     for (int64_t k = 0; k < axis.taps; ++k) {
       const __m512 weight = _mm512_maskz_loadu_ps(lanes, axis.weight.data() + k * axis.out + i);
       const __m512 part = _mm512_mul_ps(weight, _mm512_permutex2var_ps(low, index, high));
-      sum = k ? _mm512_add_ps(sum, part) : part;
+      const __mmask16 inside = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+      sum = k ? _mm512_mask_add_ps(sum, inside, sum, part) : part;
       index = _mm512_add_epi32(index, _mm512_set1_epi32(1));
     }
     _mm512_mask_storeu_ps(out + i, lanes, sum);
@@ -70,7 +71,8 @@ int64_t columns_by_permutation(const float* in, const Axis<float>& axis, float* 
 }
 #endif
 
-// Columns: for each tap a gather, so that a vector holds neighbouring outputs.
+// Columns: for each tap a gather, so that a vector holds neighbouring outputs. Where a window has fewer taps than
+// the longest, its weights end in zeros and what lies there (it may be Inf) is left alone; the first is never 0.
 template <typename A>
 void columns(const A* __restrict in, const Axis<A>& axis, A* __restrict out) {
   const int32_t* __restrict start = axis.start.data();
@@ -86,7 +88,10 @@ void columns(const A* __restrict in, const Axis<A>& axis, A* __restrict out) {
       for (int64_t i = first; i < axis.out; ++i) out[i] = weight[i] * from[start[i]];
     } else {
       PHM_VECTOR
-      for (int64_t i = first; i < axis.out; ++i) out[i] = out[i] + weight[i] * from[start[i]];
+      for (int64_t i = first; i < axis.out; ++i) {
+        const A sum = out[i] + weight[i] * from[start[i]];
+        out[i] = weight[i] != A(0) ? sum : out[i];
+      }
     }
   }
 }
