@@ -72,19 +72,25 @@ Tensor merge(const char* op, const Maybe& y, const Maybe& eps, const Maybe& coar
 
 Tensor merge_state(const Tensor& y, const Maybe& eps, const Maybe& coarse, const Tensor& abar, const Maybe& sample_ids,
                    int64_t seed, int64_t step, const Maybe& seed_at, const Maybe& step_at, int64_t stream) {
+  require_images("merge_state", y);
   const Normals normals =
       sample_ids ? normals_of("merge_state", *sample_ids, seed, step, seed_at, step_at, stream) : Normals{};
   require(!(eps && sample_ids), "merge_state", "eps is given and to be drawn");
-  if (sample_ids) require(sample_ids->size(0) == y.size(0), "merge_state", "sample_ids must be (B,)");
+  if (sample_ids) {
+    require(sample_ids->size(0) == y.size(0), "merge_state", "sample_ids must be (B,)");
+    require(sample_ids->get_device() == y.get_device(), "merge_state", "sample_ids is on another device");
+  }
   return merge("merge_state", y, eps, coarse, normals, abar, std::nullopt, 1, false, y.size(2), y.size(3));
 }
 
 Tensor upsample_add(const Tensor& coarse, const Maybe& x, const Maybe& weight, int64_t height, int64_t width) {
+  if (x) require_images("upsample_add", *x);
   require(!x || (x->size(2) == height && x->size(3) == width), "upsample_add", "x must be (B, C, height, width)");
   return merge("upsample_add", x, std::nullopt, coarse, {}, std::nullopt, weight, 1, false, height, width);
 }
 
 Tensor level_error(const Tensor& x, const Tensor& coarse) {
+  require_images("level_error", x);
   return merge("level_error", x, std::nullopt, coarse, {}, std::nullopt, std::nullopt, -1, true, x.size(2), x.size(3));
 }
 

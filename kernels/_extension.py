@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import os
 import warnings
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,10 +28,19 @@ def fingerprint(csrc: Path, cuda: bool) -> str:
     return digest.hexdigest()[:16]
 
 
-@lru_cache(maxsize=1)
+_status: tuple[str, dict[str, str]] | None = None
+
+
 def status() -> tuple[str, dict[str, str]]:
     """("", facts) where the extension is loaded, else (why it is not, {}); facts: "cpu" (instruction set),
     "cuda" (architectures, or "none"), "sources" (fingerprint)."""
+    global _status
+    if _status is None:  # kept in a plain variable, which torch.compile reads without walking through the loading
+        _status = _load()
+    return _status
+
+
+def _load() -> tuple[str, dict[str, str]]:
     asked = os.environ.get("PHMDIFF_EXTENSION", "1")
     if asked == "0":
         return "PHMDIFF_EXTENSION=0 leaves the extension out", {}
@@ -83,7 +91,7 @@ def choose(op: str, impl: str | None, tensors: dict, refused: str = "") -> bool:
     ``impl=None`` takes the extension wherever it can run, and warns once where it cannot. Raises ValueError
     for an unknown name or tensors on different devices, BackendError for a forced implementation that cannot run.
     """
-    from ._impl import BackendError, common_device, known
+    from ._impl import BackendError, common_device, forward_mode, known
 
     known(op, impl)
     device = common_device(op, tensors)
@@ -91,7 +99,7 @@ def choose(op: str, impl: str | None, tensors: dict, refused: str = "") -> bool:
         return False
     if impl == "triton":
         raise BackendError(f"{op}: impl='triton' cannot run here: this operation has none")
-    why = problem_on(device) or refused or _wrong_type(tensors)
+    why = problem_on(device) or refused or _wrong_type(tensors) or forward_mode()
     if why and impl == "extension":
         raise BackendError(f"{op}: impl='extension' cannot run here: {why}")
     if why and device is not None and device.type in ("cpu", "cuda"):

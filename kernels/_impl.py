@@ -49,7 +49,7 @@ def choose(op: str, impl: str | None, tensors: dict[str, Tensor | None] | None =
         return impl
     if impl == "extension":
         raise BackendError(f"{op}: impl='extension' cannot run here: this operation has none")
-    why = refused or _why_not_triton(device, given)
+    why = refused or _why_not_triton(device, given) or forward_mode()
     if impl == "triton":
         if why:
             raise BackendError(f"{op}: impl='triton' cannot run here: {why}")
@@ -79,6 +79,12 @@ def common_device(op: str, tensors: dict[str, Tensor | None]) -> torch.device | 
         elif tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, expected {device} like {first}")
     return None if first is None else device
+
+
+def forward_mode() -> str:
+    """Why no custom operation runs now: PyTorch would drop its forward-mode derivative without a word."""
+    inside = torch.autograd.forward_ad._current_level >= 0
+    return "forward-mode derivatives, which only the reference has" if inside else ""
 
 
 def _why_not_triton(device: torch.device | None, tensors: dict[str, Tensor]) -> str:

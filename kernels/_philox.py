@@ -50,7 +50,7 @@ def split(rng) -> tuple[int, int, Tensor | None, Tensor | None]:
     """(seed, step) as integers, 0 where they live on the device, and as tensors, None where they do not."""
     held = [isinstance(part, Tensor) for part in rng]
     return (*(0 if t else part for part, t in zip(rng, held, strict=True)),
-            *(part if t else None for part, t in zip(rng, held, strict=True)))  # fmt: skip
+            *(part.to(torch.int64) if t else None for part, t in zip(rng, held, strict=True)))  # fmt: skip
 
 
 def _call(sample_ids: Tensor, num: int, rng, stream: int):

@@ -109,10 +109,10 @@ def _adjoint_backward(ctx, grads):
     abar, weight = ctx.saved_tensors
     given = iter(grads)
     y, eps, coarse = (next(given) if asked else None for asked in ctx.asked)
-    if abar is None:
-        # Without abar only the coarse image's gradient is ever asked for.
-        return ops.upsample_add(coarse, None, weight, *ctx.like[2:]), *[None] * 5
     y = grads[0].new_zeros(ctx.like) if y is None else y
+    if abar is None:  # y and eps have factor 1
+        y = y if eps is None else y + eps
+        return (y if coarse is None else ops.upsample_add(coarse, y, weight, *ctx.like[2:])), *[None] * 5
     return ops.merge_state(y, eps, coarse, abar, None, 0, 0, None, None, 0), *[None] * 5
 
 
@@ -147,9 +147,28 @@ def _inverse_backward(ctx, grad):
     return ops.haar3d(grad), None, None, None
 
 
+def _pyramid_vmap(info, in_dims, x, levels, alpha):
+    """The mapped dimension goes into the batch; PyTorch's own fall-back knows no lists."""
+    x = x.movedim(in_dims[0], 0)
+    levels = ops.build_pyramid(x.flatten(0, 1), levels, alpha)
+    return [level.unflatten(0, x.shape[:2]) for level in levels], [0] * len(levels)
+
+
+def _pyramid_backward_vmap(info, in_dims, grads, height, width, alpha):
+    dims = in_dims[0]
+    grads = [
+        g.movedim(d, 0) if d is not None else g.expand(info.batch_size, *g.shape)
+        for g, d in zip(grads, dims, strict=True)
+    ]
+    size = grads[0].shape[:2]
+    return ops.build_pyramid_backward([g.flatten(0, 1) for g in grads], height, width, alpha).unflatten(0, size), 0
+
+
 if not problem():
     _register("build_pyramid", _pyramid_fake, _pyramid_backward, _pyramid_setup)
     _register("build_pyramid_backward", _pyramid_backward_fake, _pyramid_backward_backward, _pyramid_backward_setup)
+    torch.library.register_vmap("phmdiff_fast::build_pyramid", _pyramid_vmap)
+    torch.library.register_vmap("phmdiff_fast::build_pyramid_backward", _pyramid_backward_vmap)
     _register("merge_state", _merge_fake, _merge_backward, _merge_setup)
     _register("upsample_add", _add_fake, _add_backward, _add_setup)
     _register("merge_backward", _adjoint_fake, _adjoint_backward, _adjoint_setup)

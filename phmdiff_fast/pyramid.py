@@ -21,6 +21,7 @@ extension: asked for, the reference runs.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,6 +44,10 @@ def downsample(x: Tensor, alpha: float = 0.5) -> Tensor:
     """(B, C, H, W) -> (B, C, ceil(alpha H), ceil(alpha W)): 2x2 means, or antialiased bilinear (Eq. 1)."""
     if alpha == 0.5:
         return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    if x.shape[3] == 1 < x.shape[2]:  # PyTorch 2.13 gets a single column wrong, a single row right
+        return downsample(x.mT, alpha).mT
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # it has no such kernel
+        return downsample(x.float(), alpha).to(x.dtype)
     size = [side_below(n, alpha) for n in x.shape[2:]]
     return F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
 
@@ -97,8 +102,6 @@ def _check_vector(op: str, name: str, v: Tensor, images: Tensor) -> None:
 
 def _vector(v: Tensor | None, images: Tensor) -> Tensor | None:
     """As the extension takes it: dense, float32, or float64 beside float64."""
-    import torch
-
     return None if v is None else v.to(torch.promote_types(images.dtype, torch.float32)).contiguous()
 
 
@@ -171,13 +174,15 @@ def merge_state(
         raise ValueError("merge_state: give either eps, or rng and sample_ids to draw it from")
     if sample_ids is not None:
         _check_vector("merge_state", "sample_ids", sample_ids, y)
+        if sample_ids.dtype != torch.int64:
+            raise TypeError(f"merge_state: sample_ids must be int64, got {str(sample_ids.dtype)[6:]}")
     tensors = images | {"abar": abar, "sample_ids": sample_ids}
     if choose("merge_state", impl, tensors, _no_gradient_for("abar", abar)):
         draw = (0, 0, None, None) if rng is None else _philox.split(rng)
         ids = None if sample_ids is None else sample_ids.contiguous()
         return _pyramid_ops.ops.merge_state(y, eps, coarse, _vector(abar, y), ids, *draw, stream)
     if eps is None:
-        eps = _philox.normals_reference(sample_ids, y[0].numel(), rng=rng, stream=stream).view_as(y).to(y.dtype)
+        eps = _philox.normals_reference(sample_ids, y.shape[1:].numel(), rng=rng, stream=stream).view_as(y).to(y.dtype)
     return merge_state_reference(y, eps, coarse, abar)
 
 

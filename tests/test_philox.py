@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from phmdiff_fast.kernels import _philox
+from phmdiff_fast.kernels import _extension, _philox
 
 # Random123's known answers for philox4x32-10: counter, key, result.
 KNOWN = [
@@ -79,3 +81,103 @@ def test_moments():
     assert abs(float((z**4).mean()) - 3) < 4 * (96 / n) ** 0.5
     neighbours = (z[:, 1:] * z[:, :-1]).mean()  # cos and sin lanes share their radius, not their value
     assert abs(float(neighbours)) < 4 / n**0.5
+
+
+# --- the extension ------------------------------------------------------------------------------
+
+needs_extension = pytest.mark.skipif(
+    bool(_extension.problem()), reason=_extension.problem() or "the extension is there"
+)
+OPS = torch.ops.phmdiff_fast
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+def integers_and_normals(ids, num, rng, stream):
+    """From the extension, and from the reference."""
+    given_ = dict(rng=rng, stream=stream)
+    return (
+        (_philox.integers(ids, num, **given_), _philox.normals(ids, num, **given_)),
+        (_philox.integers_reference(ids, num, **given_), _philox.normals_reference(ids, num, **given_)),
+    )
+
+
+@needs_extension
+@given(
+    ids=st.lists(INT64, max_size=4), num=st.integers(0, 300), seed=INT64, step=INT64, stream=st.integers(0, 255),
+    held=st.sampled_from([(False, False), (True, False), (False, True), (True, True)]),
+)  # fmt: skip
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_the_extension_draws_the_reference_s_integers(ids, num, seed, step, stream, held):
+    rng = tuple(torch.tensor(part) if tensor else part for part, tensor in zip((seed, step), held, strict=True))
+    got, expected = integers_and_normals(torch.tensor(ids, dtype=torch.int64), num, rng, stream)
+    assert got[0].shape == got[1].shape == (len(ids), num)
+    assert torch.equal(got[0], expected[0])
+    assert (got[1].dtype, expected[1].dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(got[1], expected[1], atol=2e-6, rtol=0)
+
+
+def box_muller_in_float64(ids, num, rng, stream):
+    """Of the uniforms as they are in float32."""
+    words = _philox._call(ids, -(-num // 4), rng, stream)
+    u = [_philox._unit(w).double() for w in words]
+    lanes = []
+    for first, second in ((u[0], u[1]), (u[2], u[3])):
+        radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
+        lanes += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(lanes, -1).flatten(1)[:, :num]
+
+
+@needs_extension
+def test_two_million_numbers_of_the_extension():
+    ids, num = torch.tensor([3, -(2**40)]), 1_000_003
+    got = _philox.normals(ids, num, rng=(5, 6), stream=1)
+    exact = box_muller_in_float64(ids, num, (5, 6), 1)
+    assert float((got.double() - exact).abs().max()) <= 2e-6
+    assert float((got - _philox.normals_reference(ids, num, rng=(5, 6), stream=1)).abs().max()) <= 2e-6
+    assert torch.equal(got, _philox.normals(ids, num + 1, rng=(5, 6), stream=1)[:, :num])
+    words = _philox.integers(ids, num, rng=(5, 6), stream=1)
+    assert torch.equal(words, _philox.integers_reference(ids, num, rng=(5, 6), stream=1))
+
+
+# Samples whose first four words begin with 24 bits 0 or 1, at seed 5, step 3, stream 1: word -> (lowest, highest).
+EXTREME = {0: (25676780, 8436068), 1: (3981689, 30848262), 2: (13625203, 29628037), 3: (16819000, 11122304)}
+
+
+@needs_extension
+@pytest.mark.parametrize("word", EXTREME)
+@pytest.mark.parametrize("highest", [False, True])
+def test_normals_of_the_extreme_words(word, highest):
+    sample = EXTREME[word][highest]
+    assert philox_in_python((0, sample, 1 << 24, 3), (5, 0))[word] >> 8 == (0xFFFFFF if highest else 0)
+    ids = torch.tensor([sample])
+    got = _philox.normals(ids, 4, rng=(5, 3), stream=1)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.double(), box_muller_in_float64(ids, 4, (5, 3), 1), atol=2e-6, rtol=0)
+    if word in (0, 2) and highest:  # u is 1 in float32, so the radius is 0
+        assert not got[0, word : word + 2].any()
+
+
+@needs_extension
+@pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 63, 255, 256, 257, 1023, 4095, 4096, 4097, 12289])
+def test_any_number_of_draws_begins_the_stream(num):
+    ids = torch.tensor([1, 2, 3])
+    for draw in (_philox.integers, _philox.normals):
+        whole = draw(ids, 12345, rng=(1, 2), stream=3)
+        assert torch.equal(draw(ids, num, rng=(1, 2), stream=3), whole[:, :num])
+
+
+@needs_extension
+def test_integers_and_normals_are_drawn_in_the_extension(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setattr(_philox, "integers_reference", never)
+    monkeypatch.setattr(_philox, "normals_reference", never)
+    for draw in (_philox.integers, _philox.uniforms, _philox.normals):
+        assert draw(torch.arange(2), 5, rng=(1, 2), stream=3).shape == (2, 5)
+        assert draw(torch.arange(4)[::2].int(), 5, rng=(1, 2), stream=3).shape == (2, 5)
+
+
+def test_meta_tensors_draw_on_the_reference():
+    for draw in (_philox.integers, _philox.normals):
+        assert draw(torch.arange(2, device="meta"), 5, rng=(1, 2), stream=3).shape == (2, 5)

@@ -76,8 +76,11 @@ void adjoint_row(const Image& grad, int64_t b, int64_t c, int64_t k, int64_t hei
   for (int tap = 0; tap < 4; ++tap) {
     const int64_t r = 2 * k - 1 + tap;
     weight[tap] = adjoint_weight<A>(r, k, h, height);
-    const int64_t held = std::min(std::max<int64_t>(r, 0), height - 1);
-    rows[tap] = read_row(row_of<T>(grad, b, c, held), width, scratch[tap]);
+    rows[tap] = scratch[tap];
+    if (r < 0 || r >= height)  // a row that is not there is zeros: 0 times Inf is not 0
+      std::fill(scratch[tap], scratch[tap] + width, A(0));
+    else
+      rows[tap] = read_row(row_of<T>(grad, b, c, r), width, scratch[tap]);
   }
   const A *__restrict r0 = rows[0], *__restrict r1 = rows[1], *__restrict r2 = rows[2], *__restrict r3 = rows[3];
   A* __restrict t = scratch[4];

@@ -197,11 +197,13 @@ __global__ void __launch_bounds__(ROW_THREADS, BLOCKS<T>)
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       if (!a.coarse && (r == 0 || r == 3)) continue;
-      const T* from = row_of<T>(a.grad, p, held(2 * p.k - 1 + r, frame.height));
-      grad[r] = load_row<N>(from + column, left, whole_grad);
+      const int64_t i = 2 * p.k - 1 + r;
+      const bool inside = i >= 0 && i < frame.height;  // a row that is not there is zeros: 0 times Inf is not 0
+      const T* from = row_of<T>(a.grad, p, held(i, frame.height));
+      grad[r] = load_row<N>(from + column, inside ? left : 0, whole_grad);
       if (!a.coarse) continue;
-      before[r] = load(from + held(column - 1, frame.width));
-      after[r] = load(from + held(column + N, frame.width));
+      before[r] = inside ? load(from + held(column - 1, frame.width)) : T{};
+      after[r] = inside ? load(from + held(column + N, frame.width)) : T{};
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -1,4 +1,6 @@
-"""Faults planted in the CUDA sources, in the form of tests/planted: tests/test_cuda_sources.py has to notice each."""
+"""Faults planted in the CUDA sources, which their emulation on the CPU has to notice; see tests/mutants.py."""
+
+MODULE, ARGUMENTS = "phmdiff_fast.kernels._extension", ("-k", "not nvcc")
 
 LAUNCH, PYRAMID, MERGE = "csrc/cuda/launch.cuh", "csrc/cuda/pyramid.cu", "csrc/cuda/merge.cu"
 RESAMPLE, HAAR, PHILOX = "csrc/cuda/resample.cu", "csrc/cuda/haar.cu", "csrc/cuda/philox.cu"
