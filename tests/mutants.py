@@ -2,9 +2,9 @@
 
 tests/planted/<op>.py lists FAULTS: (file, old text that occurs exactly once, new text, what it is), and
 may name TESTS (beginnings of test files, the operation's name unless given), MODULE (what those tests
-import) and ARGUMENTS (of pytest). Each fault is applied to a copy of the project, on which tests/test_<op>*.py must then fail. Exit 1
-if fewer than 95 % are noticed, or with all operations fewer than 40 were planted. A change that does not
-compile, or a copy that fails unchanged, proves nothing and is refused.
+import) and ARGUMENTS (of pytest). Each fault is applied to a copy of the project, on which tests/test_<op>*.py
+must then fail. Exit 1 if fewer than 95 % are noticed, or with all operations fewer than 40 were planted. A
+change that does not compile, or a copy that fails unchanged, proves nothing and is refused.
 
 Of csrc/ the objects that a fault is in are compiled again (generic instruction set, -O1) and linked to the
 others; then the source is put back, so that the package takes the library for one of these sources.

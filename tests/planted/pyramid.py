@@ -28,8 +28,8 @@ FAULTS = [
     ),
     (
         OPS,
-        "return ops.upsample_add(coarse, None, weight, *ctx.like[2:])",
-        "return ops.upsample_add(coarse, None, None, *ctx.like[2:])",
+        "ops.upsample_add(coarse, y, weight, *ctx.like[2:])",
+        "ops.upsample_add(coarse, y, None, *ctx.like[2:])",
         "second derivatives of upsample_add without the weight",
     ),
     (
@@ -79,5 +79,10 @@ FAULTS = [
         'if why and impl == "extension" and not refused:',
         "a forced extension silently replaced",
     ),
-    (PHILOX, "part if t else None for part, t", "None for part, t", "seed and step in tensors read as 0"),
+    (
+        PHILOX,
+        "part.to(torch.int64) if t else None for part, t",
+        "None for part, t",
+        "seed and step in tensors read as 0",
+    ),
 ]
