@@ -41,6 +41,7 @@ struct Forward {
   const PyramidArgs& a;
   const Sides& sides;
   const Rows<A>& scratch;
+  const Writer<T>& writer;
   int64_t plane;  // of the outputs
   const T* x;     // this plane of the input
 
@@ -54,9 +55,9 @@ struct Forward {
     const A* top = row(n - 1, 2 * i, 0);
     const A* bottom = 2 * i + 1 < sides.height[n - 1] ? row(n - 1, 2 * i + 1, 1) : nullptr;
     T* out = static_cast<T*>(a.level[n - 1]) + (plane * sides.height[n] + i) * width;
-    A* wide = place(out, scratch[2 * n + which]);
+    A* wide = writer.place(out, 2 * (n - 1) + which);
     halve_rows(top, bottom, sides.width[n - 1], wide);
-    written(wide, width, out);
+    writer.written(out, width, 2 * (n - 1) + which);
     return wide;
   }
 };
@@ -123,12 +124,14 @@ struct Backward {
 template <typename T>
 void pyramid_forward(const PyramidArgs& a, int64_t begin, int64_t end) {
   const Sides sides(a);
-  const Rows<wide_t<T>> scratch(2 * (a.levels + 1), a.shape.width);
+  const Rows<wide_t<T>> scratch(2, a.shape.width);
+  const int64_t elements = a.shape.batch * a.shape.channels * a.shape.height * a.shape.width;
+  const Writer<T> writer(2 * a.levels, sides.width[1], elements * int64_t(sizeof(T)));
   const int64_t rows = sides.height[a.levels];
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t plane = unit / rows, b = plane / a.shape.channels, c = plane % a.shape.channels;
     const T* x = static_cast<const T*>(a.x.data) + b * a.x.batch + c * a.x.channel;
-    Forward<T>{a, sides, scratch, plane, x}.row(a.levels, unit % rows, 0);
+    Forward<T>{a, sides, scratch, writer, plane, x}.row(a.levels, unit % rows, 0);
   }
 }
 

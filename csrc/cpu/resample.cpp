@@ -117,11 +117,15 @@ void resample(const ResampleArgs& a, const Tables<wide_t<T>>& tables, int64_t be
       first ? weigh_rows<true>(count, in, weight, cols.in, sum) : weigh_rows<false>(count, in, weight, cols.in, sum);
       first = false, count = 0;
     };
+    const T* plane_in = static_cast<const T*>(a.in) + plane * rows.in * cols.in;
+    if (i + 2 < rows.out) {  // the rows that come in with the output after next
+      const int64_t from = rows.start[i + 1] + rows.taps, to = rows.start[i + 2] + rows.taps;
+      prefetch(reinterpret_cast<uintptr_t>(plane_in + from * cols.in), (to - from) * cols.in * int64_t(sizeof(T)));
+    }
     for (int64_t k = 0; k < rows.taps; ++k) {
       weight[count] = rows.weight[k * rows.out + i];
       if (k && weight[count] == A(0)) continue;
-      const T* row = static_cast<const T*>(a.in) + (plane * rows.in + rows.start[i] + k) * cols.in;
-      if (k == 0) prefetch_ahead(row + (rows.taps - 1) * cols.in, cols.in, cols.in);
+      const T* row = plane_in + (rows.start[i] + k) * cols.in;
       in[count] = read_row(row, cols.in, scratch[count]);
       if (++count == 4) weigh();
     }

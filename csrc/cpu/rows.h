@@ -84,17 +84,20 @@ inline void written(const wide_t<T>* row, int64_t n, T* out) {
   if constexpr (!std::is_same_v<T, wide_t<T>>) narrow_row(row, n, out);
 }
 
+inline void prefetch(uintptr_t from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(from + uintptr_t(at)));
+}
+
 // Ask for the row some 4 KiB further on, which a walk over rows comes to soon: hardware stops at every page.
 template <typename T>
 inline void prefetch_ahead(const T* row, int64_t n, int64_t stride) {
   const int64_t bytes = n * int64_t(sizeof(T)), apart = stride * int64_t(sizeof(T));
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(row) + uintptr_t(apart * (bytes < 4096 ? 4096 / (bytes + 1) : 1));
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const void*>(ahead + uintptr_t(at)));
+  prefetch(reinterpret_cast<uintptr_t>(row) + uintptr_t(apart * (bytes < 4096 ? 4096 / (bytes + 1) : 1)), bytes);
 }
 
-// Outputs this large are written past the caches: they would not be there any more when somebody reads them, and
-// a line that is written whole need not be fetched first.
-constexpr int64_t STREAMED_BYTES = int64_t(32) << 20;
+// An operation on images this large writes past the caches: with its inputs it fills them several times over, so
+// little of what it writes would still be there, and a line that is written whole need not be fetched first.
+constexpr int64_t STREAMED_BYTES = int64_t(8) << 20;
 
 // Copy a row past the caches; lines it does not fill are written the usual way.
 template <typename T>
@@ -136,8 +139,8 @@ template <typename T>
 class Writer {
  public:
   using A = wide_t<T>;
-  Writer(int64_t rows, int64_t length, int64_t output_bytes)
-      : stream_(output_bytes >= STREAMED_BYTES), wide_(rows, length), narrow_(rows, length) {}
+  Writer(int64_t rows, int64_t length, int64_t image_bytes)
+      : stream_(image_bytes >= STREAMED_BYTES), wide_(rows, length), narrow_(rows, length) {}
   ~Writer() {
     if (stream_) streamed();
   }
