@@ -163,6 +163,8 @@ void merge_backward(const MergeBackwardArgs<wide_t<T>>& a, int64_t begin, int64_
       scaled(a.eps, i, f.eps);
     }
     if (!a.coarse) continue;
+    for (int64_t i = 2 * k; !a.y && !a.eps && i < std::min(2 * k + 2, height); ++i)
+      prefetch_ahead(row_of<T>(a.grad, b, c, i), width, a.grad.row);  // scaling has asked for them otherwise
     T* out = static_cast<T*>(a.coarse) + (plane * h + k) * w;
     A* wide = place(out, scratch[6]);
     adjoint_row<T>(a.grad, b, c, k, height, width, f.coarse, scratch, wide);
