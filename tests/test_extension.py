@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -370,3 +371,41 @@ def test_kernels_of_one_instruction_set_share_no_code_with_another(tmp_path):
             seen += 1
             assert f"phmdiff::{isa}::" in name.split("(")[0], f"{path.name}: {name}"
     assert seen
+
+
+STEP = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from phmdiff_fast.config import build_config
+from phmdiff_fast.kernels import _extension
+from phmdiff_fast.phmdiff import PHMDiff
+torch.manual_seed(0)
+config = build_config("xs", {"model": dict(depth=1, width=32, heads=2, decoder_depth=1, decoder_width=16,
+                                           decoder_heads=2, patch=4)})
+model = PHMDiff(config.model, 1)
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.05)
+target = torch.linspace(-1, 1, 2 * 30 * 33).view(2, 1, 30, 33)
+found = []
+for masked in (True, False):
+    terms = model.loss(target, target.cos(), torch.arange(2), (3, 5), config.train, masked=masked)
+    terms.total.backward()
+    found.append(float(terms.total))
+found += [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+image = model.translate(target.cos(), torch.arange(2), steps=2)[0]
+print([bool(_extension.problem()), *found, float(image.mean()), float(image.std())])
+"""
+
+
+@needs_extension
+def test_training_and_sampling_give_the_same_with_and_without_it():
+    results = []
+    for asked in ("0", "1"):
+        ran = subprocess.run([sys.executable, "-c", STEP], cwd=ROOT, env=os.environ | {"PHMDIFF_EXTENSION": asked},
+                             capture_output=True, text=True)  # fmt: skip
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        left_out, *numbers = ast.literal_eval(ran.stdout.strip().splitlines()[-1])
+        assert left_out == (asked == "0")
+        results.append(numbers)
+    assert results[0] == pytest.approx(results[1], rel=2e-4, abs=1e-6)
+    assert results[0][0] > 0
