@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from .errors import CHECKPOINT, IO, PhmdiffError
 
 FORMAT = 1
+VERIFIED = 2  # checkpoints that verify and are never removed
 _NAME = re.compile(r"step-(\d{8})$")
 
 
@@ -78,7 +79,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
 
 
 def save(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], facts: dict[str, Any], *, keep: int) -> Path:
-    """Write ``folder/step-<step>`` and remove all but the newest ``keep``.
+    """Write ``folder/step-<step>`` and remove all but the newest ``keep``, never the last two that verify.
 
     groups : file stem -> tensors; facts : JSON values kept in the manifest.
     Returns the checkpoint's folder (an existing one of that step is left as it is). Raises
@@ -104,12 +105,40 @@ def save(folder: Path, step: int, groups: dict[str, dict[str, Tensor]], facts: d
         temporary.rename(final)
         _sync(folder)
     except OSError as problem:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise PhmdiffError("CHECKPOINT_WRITE", f"cannot be written ({problem.strerror or problem})",
                            "free some space or choose another --out", exit_code=IO, file=final) from None  # fmt: skip
-    for old in found(folder)[keep:]:
-        shutil.rmtree(old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _prune(folder, keep)
     return final
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Remove what is older than the newest ``keep``, once two of those that stay verify."""
+    names = found(folder)
+    verified = 0
+    for number, path in enumerate(names):
+        if number >= keep and verified >= VERIFIED:
+            # Renamed first: a removal that is cut short must not leave a folder that looks like a checkpoint.
+            going = folder / f".tmp-{path.name}-going"
+            path.rename(going)
+            shutil.rmtree(going)
+        elif verified < VERIFIED:
+            verified += _verifies(path)
+
+
+def _verifies(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except PhmdiffError:
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written. Only for who holds the run's lock."""
+    for path in folder.glob(".tmp-*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def found(folder: Path) -> list[Path]:

@@ -273,7 +273,10 @@ def _is_backend_error(problem: Exception) -> bool:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; every foreseen failure is one line on stderr and its exit code."""
+    from .signals import end_tidily_on_sigterm
+
     arguments = sys.argv[1:] if arguments is None else arguments
+    end_tidily_on_sigterm()
     debug = "--debug" in arguments
     try:
         sys.exit(cli.main(args=arguments, prog_name="phmdiff-fast", standalone_mode=False) or 0)

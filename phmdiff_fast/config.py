@@ -145,7 +145,7 @@ class TrainConfig(Settings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
     checkpoint_every: float = Field(120.0, gt=0)  # seconds between checkpoints
-    keep: int = Field(2, ge=1)  # newest checkpoints kept
+    keep: int = Field(2, ge=1)  # newest checkpoints kept; the last two that verify stay in any case
 
 
 class SampleConfig(Settings):

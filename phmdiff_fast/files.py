@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import IO, USAGE, PhmdiffError
+from .errors import CHECKPOINT, IO, USAGE, PhmdiffError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed there
+    fcntl = None
 
 
 @contextmanager
@@ -46,3 +52,33 @@ def refuse_existing(path: str | Path, overwrite: bool) -> None:
     if os.path.lexists(path) and not overwrite:
         raise PhmdiffError("OUTPUT_EXISTS", "exists already", "choose another name, or give --overwrite",
                            exit_code=USAGE, file=path)  # fmt: skip
+
+
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """``folder/.lock`` held by this process alone, until the end of the block or of the process, however it ends.
+
+    Raises PhmdiffError LOCKED (exit 4) naming who holds it, OUTPUT_WRITE (exit 74) in a read-only folder.
+    """
+    path = Path(folder) / LOCK
+    try:
+        file = open(path, "a+")  # noqa: SIM115 (closed below; "w" would empty it before the lock is ours)
+    except OSError as problem:
+        raise PhmdiffError("OUTPUT_WRITE", f"cannot be written ({problem.strerror})", "choose another --out",
+                           exit_code=IO, file=path) from None  # fmt: skip
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read(200).strip() or "another process"
+                raise PhmdiffError("LOCKED", f"is in use by {holder!r}", "wait for it, or choose another --out",
+                                   exit_code=CHECKPOINT, file=folder) from None  # fmt: skip
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield

@@ -24,11 +24,12 @@ from .config import Config, load_toml
 from .device import autocast, pick_device, pick_precision
 from .ema import EMA
 from .errors import NONFINITE, USAGE, DataErrors, PhmdiffError
-from .files import write_json
+from .files import LOCK, locked, write_json
 from .held_out import as_tensors, held_out, rows_of, spaced
 from .masking import level_complexity
 from .phmdiff import PHMDiff
 from .progress import bar, say, share_bar
+from .signals import StopRequest
 
 LOG_EVERY = 10
 
@@ -131,7 +132,7 @@ def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file, fol
             cure = "give the same --split or --fold, or another --out"
             raise PhmdiffError("RUN_DIFFERS", "was begun with another split", cure, exit_code=USAGE, file=out)
         return config, split, True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
         raise PhmdiffError("OUTPUT_EXISTS", "exists and is no run folder", "choose another --out",
                            exit_code=USAGE, file=out)  # fmt: skip
     return config, prepare_split(cohort, config, split_file, fold), False
@@ -145,7 +146,8 @@ def train(
     data_path : cohort folder or CSV list; out : run folder; config : all settings, with
     ``train.minutes`` or ``train.steps`` set; split_file or fold (i, k): who is in training, validation and
     test, else drawn from the seed. Raises PhmdiffError (2 settings, 3 data, 4 checkpoint,
-    5 non-finite loss, 74 disk).
+    5 non-finite loss, 74 disk). Ctrl-C (KeyboardInterrupt) and SIGTERM (SystemExit 143) stop it at the end of a
+    step, with a checkpoint; a second Ctrl-C at once.
     """
     # --- settings, data, split
     out, tc = Path(out), config.train
@@ -157,14 +159,23 @@ def train(
     config, split, resumed = start_folder(out, config, cohort, split_file, fold)
     made_here = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        cache = open_cache(out, cohort, config, split, progress)
-    except BaseException:
-        if made_here:  # nothing half-written: a folder that never held a run goes again
-            for leftover in (out / "cache", out):
-                if leftover.is_dir() and not any(leftover.iterdir()):
-                    leftover.rmdir()
-        raise
+    with locked(out):
+        try:
+            return _train(data_path, out, cohort, config, split, resumed, device, dtype, progress)
+        except BaseException:
+            if made_here and not (out / "run.json").exists():  # nothing half-written: it never held a run
+                (out / LOCK).unlink(missing_ok=True)
+                for leftover in (out / "cache", out):
+                    if leftover.is_dir() and not any(leftover.iterdir()):
+                        leftover.rmdir()
+            raise
+
+
+def _train(data_path, out: Path, cohort, config: Config, split, resumed: bool, device, dtype, progress: bool) -> Path:
+    """``train`` in a folder that is ours."""
+    tc = config.train
+    checkpoint.remove_leftovers(out / "checkpoints")
+    cache = open_cache(out, cohort, config, split, progress)
     train_rows = rows_of(cache, split["train"])
     if len(train_rows) < tc.batch_size:
         raise PhmdiffError("TOO_FEW_SLICES", f"{len(train_rows)} training slices for a batch of {tc.batch_size}",
@@ -213,16 +224,20 @@ def train(
         return out
 
     # --- the loop
-    log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in the finally below)
     begun = last_saved = time.monotonic()
-    meter = share_bar("training", progress)
     first_step = step
 
     def seconds() -> float:
         return before + time.monotonic() - begun
 
+    def write_checkpoint(psnr: float | None) -> None:
+        groups = {"model": model.state_dict(), "ema": ema.state_dict(),
+                  "optimizer": checkpoint.optimizer_tensors(optimizer, model)}  # fmt: skip
+        checkpoint.save(out / "checkpoints", step, groups,
+                        {"seconds": seconds(), "version": __version__, "val_psnr": psnr}, keep=tc.keep)  # fmt: skip
+
     def save() -> None:
-        """Checkpoint, validation figure and pictures of the averaged weights."""
+        """Validation figure and pictures of the averaged weights, and a checkpoint."""
         ema.swap()
         psnr = watched.look(model.eval(), device, dtype, out / "pictures", step)
         ema.swap()
@@ -231,15 +246,13 @@ def train(
         picture = out / "pictures" / f"step-{step:08d}.png"
         say(f"step {step}, {seconds():.0f} s: {watched.who}s {psnr:.2f} dB "
             f"(lookup table {watched.reference:.2f}); picture {picture}")  # fmt: skip
-        groups = {"model": model.state_dict(), "ema": ema.state_dict(),
-                  "optimizer": checkpoint.optimizer_tensors(optimizer, model)}  # fmt: skip
-        checkpoint.save(out / "checkpoints", step, groups,
-                        {"seconds": seconds(), "version": __version__, "val_psnr": psnr}, keep=tc.keep)  # fmt: skip
+        write_checkpoint(psnr)
         pictures.curves(out / "pictures" / "curves.png", read_log(out / "log.jsonl"),
                         reference={"lookup table": watched.reference})  # fmt: skip
 
-    try:
-        while (share := budget.share(step, seconds())) < 1:
+    log = open(out / "log.jsonl", "a", buffering=1)  # noqa: SIM115 (closed by the with)
+    with log, share_bar("training", progress) as meter, StopRequest() as stop:
+        while (share := budget.share(step, seconds())) < 1 and not stop.asked:
             masked = share < 1 - tc.finetune_share
             rng = (tc.seed, step)
             rows = train_rows[batch_rows(len(train_rows), tc.batch_size, seed=tc.seed, step=step)]
@@ -276,13 +289,11 @@ def train(
             if time.monotonic() - last_saved > tc.checkpoint_every:
                 save()
                 last_saved = time.monotonic()
-        save()
-    except KeyboardInterrupt:
-        save()
-        say(f"stopped at step {step}; the same command goes on from there")
-        raise
-    finally:
-        meter.close()
-        log.close()
+        if stop.asked:  # somebody waits, perhaps with seconds to give: the weights, and no pictures
+            write_checkpoint(None)
+            say(f"stopped at step {step}; the same command goes on from there")
+        else:
+            save()
+    stop.end()
     say(f"{step} steps in {seconds():.0f} s on {device.type}, {str(dtype)[6:]}; run folder {out}")
     return out

@@ -324,24 +324,6 @@ def test_baselines_see_the_training_people_only(trained, tiny_cohort, monkeypatc
     assert seen["seconds"] == run.found.manifest["seconds"]
 
 
-def test_interrupted_training_saves_and_goes_on(tiny_cohort, tmp_path, monkeypatch, capsys):
-    arguments = ["train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", tmp_path / "r", "--steps", 5,
-                 "--image-size", 24, "--quiet", *TINY]  # fmt: skip
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        real = train.learning_rate
-        patch.setattr(
-            train, "learning_rate", lambda c, step, share: interrupted() if step == 3 else real(c, step, share)
-        )
-        assert cli(*arguments) == 130
-    assert (tmp_path / "r" / "checkpoints" / "step-00000003").is_dir()
-    assert cli(*arguments) == 0
-    assert "going on from step 3" in capsys.readouterr().err
-
-
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_cohort, tmp_path, capsys):
     arguments = ["train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", tmp_path / "r", "--steps", 9,
                  "--image-size", 24, "--quiet", *TINY, "--set", "train.lr=1e30"]  # fmt: skip

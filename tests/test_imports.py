@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = [
     ["errors"],
     ["config", "progress", "files", "html_page"],
+    ["signals"],
     ["kernels._impl"],
     ["kernels._extension"],
     ["kernels._philox", "kernels._pyramid_ops"],
