@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from .errors import CHECKPOINT, IO, PhmdiffError
 
 FORMAT = 1
+MOST_BYTES, MOST_TENSORS = 16 << 20, 100_000  # of a manifest or a header; ours have kilobytes and hundreds
 VERIFIED = 2  # checkpoints that verify and are never removed
 _NAME = re.compile(r"step-(\d{8})$")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.safetensors")
 
 
 @dataclass
@@ -152,20 +154,35 @@ def verify(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder`` if every file has its hash; else PhmdiffError (exit 4)."""
     path = folder / "manifest.json"
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"a manifest of more than {MOST_BYTES >> 20} MiB")
         manifest = json.loads(path.read_text())
         files = manifest["files"]
         if manifest["format"] > FORMAT:
             raise PhmdiffError("CHECKPOINT_NEWER", f"has format {manifest['format']}, this version reads {FORMAT}",
                                "update phmdiff-fast", exit_code=CHECKPOINT, file=folder)  # fmt: skip
         for name, digest in files.items():
+            if not _FILE.fullmatch(name):
+                raise ValueError(f"file name {name!r}")
+            _check_header(folder / name)
             if _sha256(folder / name) != digest:
                 raise PhmdiffError("CHECKPOINT_HASH", "differs from the hash in its manifest",
                                    "it is damaged: use an older checkpoint", exit_code=CHECKPOINT,
                                    file=folder / name)  # fmt: skip
         return Checkpoint(folder, int(manifest["step"]), manifest)
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise PhmdiffError("CHECKPOINT_BROKEN", f"is not readable ({problem})", "use an older checkpoint",
                            exit_code=CHECKPOINT, file=folder) from None  # fmt: skip
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError where a safetensors header claims more than ours ever have: it is parsed whole, in memory."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(MOST_BYTES, path.stat().st_size - 8):
+            raise ValueError(f"{path.name}: a header of {size} bytes")
+        if file.read(size).count(b'"dtype"') > MOST_TENSORS:
+            raise ValueError(f"{path.name}: more than {MOST_TENSORS} tensors")
 
 
 def newest(folder: Path, *, warn=None) -> Checkpoint | None:
