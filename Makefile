@@ -58,6 +58,7 @@ sanitize: $(VENV)/.test
 # Registers and spills of every kernel on sm_80, sm_90 and sm_100, and bytes moved over the floor. No GPU needed.
 kernel-report: $(VENV)/.test
 	$(BIN)/python -m benchmarks.compile_report
+	$(BIN)/python tests/cuda_on_cpu/cuda_build.py
 	$(BIN)/python -m benchmarks.traffic
 
 # On a machine with a GPU, made to end within 8 minutes: what is marked gpu, then all variants side by side

@@ -16,7 +16,8 @@ upsamples all of ``coarse`` and writes the (K, P) patches. ``restore_tokens``: K
 
 Backward keeps the inputs, forms the patches again for the weight's gradient (partial sums in fixed
 order, at most 4 % of the bytes) and writes each pixel of the sources' gradient once, 0 where dropped.
-Kernels: _patch_mask_triton.py, _embed_triton.py; registration: _patch_mask_ops.py.
+Kernels: _patch_mask_triton.py, _embed_triton.py; registration: _patch_mask_ops.py. On a CPU with the C++
+extension the state is merged over the whole image in one pass (impl="extension" of ``embed_visible``).
 
 Limits: H and W are multiples of p, N < 2^24. Triton draws masks of up to 16,384 patches (their keys
 lie in one program's registers; beyond, the reference runs) and gives no gradient for y, coarse, abar,
