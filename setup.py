@@ -24,8 +24,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -60,16 +61,20 @@ def find_nvcc() -> str | None:
     return found or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-def torch_facts() -> tuple[Path, bool]:
-    """(folder of torch, whether it is a CUDA build), from an interpreter of its own: importing takes seconds."""
-    code = "import torch, pathlib; print(pathlib.Path(torch.__file__).parent, torch.version.cuda is not None)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if ran.returncode:
-        raise CannotBuild("torch cannot be imported while building: install it first and use --no-build-isolation")
-    folder, cuda = ran.stdout.strip().rsplit(" ", 1)
-    if not (Path(folder) / "include/torch/csrc/stable/library.h").is_file():
+def find_torch() -> tuple[Path, bool]:
+    """(folder of torch, whether it is a CUDA build).
+
+    Looked for on disk, not imported: that takes seconds, and pip's isolated build hides what is installed.
+    """
+    spec, paths = find_spec("torch"), sysconfig.get_paths()
+    folders = [Path(spec.origin).parent] if spec and spec.origin else []
+    folders += [Path(paths[name]) / "torch" for name in ("purelib", "platlib")]
+    folder = next((f for f in folders if (f / "lib").is_dir()), None)
+    if folder is None:
+        raise CannotBuild("torch is not installed where this is built: install it first, and use --no-build-isolation")
+    if not (folder / "include/torch/csrc/stable/library.h").is_file():
         raise CannotBuild("this torch has no stable C++ interface; torch 2.10 or newer is needed")
-    return Path(folder), cuda == "True"
+    return folder, any((folder / "lib").glob("*torch_cuda.*"))
 
 
 class Build(build_ext):
@@ -97,7 +102,7 @@ class Build(build_ext):
         cxx = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or ""]
         if not shutil.which(cxx[0]):
             raise CannotBuild(f"no C++ compiler ({cxx[0] or 'c++'} is not on the path)")
-        torch, torch_has_cuda = torch_facts()
+        torch, torch_has_cuda = find_torch()
         nvcc, asked = find_nvcc(), os.environ.get("PHMDIFF_CUDA")
         cuda = nvcc is not None and asked != "0" and (torch_has_cuda or asked == "1")
         if asked == "1" and not cuda:

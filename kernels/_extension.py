@@ -47,7 +47,7 @@ def _load() -> tuple[str, dict[str, str]]:
     spec = find_spec("phmdiff_fast._C")
     file = asked if os.sep in asked else spec and spec.origin
     if not file:
-        return "the extension is not built (it needs a C++ compiler when this package is installed)", {}
+        return "the extension is not built (install again, torch being there, with a C++ compiler)", {}
     import torch
 
     try:
