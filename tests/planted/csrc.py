@@ -28,12 +28,7 @@ FAULTS = [
         "A(0.7501) * near + A(0.2499) * far",
         "weights a little off",
     ),
-    (
-        COMMON + "pyramid.h",
-        "if (r < 0 || r >= size) return A(0);",
-        "if (r < 0) return A(0);",
-        "the backward of up reads rows beyond the last",
-    ),
+    (MERGE, "if (r < 0 || r >= height)", "if (r < 0)", "the backward of up reads rows beyond the last"),
     (
         COMMON + "pyramid.h",
         "(t.far == k ? A(0.25) : A(0));\n",
