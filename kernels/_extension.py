@@ -103,7 +103,7 @@ def choose(op: str, impl: str | None, tensors: dict, refused: str = "") -> bool:
     if why and impl == "extension":
         raise BackendError(f"{op}: impl='extension' cannot run here: {why}")
     if why and device is not None and device.type in ("cpu", "cuda"):
-        _warn_once(op, why)
+        warn_once(op, why)
     return not why
 
 
@@ -118,7 +118,7 @@ def _wrong_type(tensors: dict) -> str:
 _warned: set[str] = set()
 
 
-def _warn_once(op: str, why: str) -> None:
+def warn_once(op: str, why: str) -> None:
     import torch
 
     if why in _warned or torch.compiler.is_compiling():

@@ -263,8 +263,12 @@ def embed_visible(
         if why := _why_not_merged(tensors):
             raise BackendError(f"embed_visible: impl='extension' cannot run here: {why}")
     elif choose("embed_visible", impl, tensors, _why_not_fused(tensors)) == "reference":
-        merges = impl is None and y.device.type == "cpu" and not _why_not_merged(tensors)
-        chosen = embed_visible_merged if merges else embed_visible_reference
+        chosen = embed_visible_reference
+        if impl is None and y.device.type == "cpu":
+            if why := _why_not_merged(tensors):
+                _extension.warn_once("embed_visible", why)
+            else:
+                chosen = embed_visible_merged
     if chosen is not None:
         return chosen(y, sources, coarse, abar, keep_ids, weight, bias, pos,
                       eps=eps, rng=rng, sample_ids=sample_ids, stream=stream, state_scale=state_scale)  # fmt: skip

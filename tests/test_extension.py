@@ -16,6 +16,7 @@ import torch
 import phmdiff_fast
 from phmdiff_fast.kernels import _extension
 from phmdiff_fast.kernels._impl import BackendError
+from phmdiff_fast.kernels.patch_mask import embed_visible
 from phmdiff_fast.pyramid import build_pyramid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -409,3 +410,13 @@ def test_training_and_sampling_give_the_same_with_and_without_it():
         results.append(numbers)
     assert results[0] == pytest.approx(results[1], rel=2e-4, abs=1e-6)
     assert results[0][0] > 0
+
+
+def test_embed_visible_says_that_it_runs_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_extension, "problem_on", lambda device: "there is none")
+    monkeypatch.setattr(_extension, "_warned", set())
+    image, weight = torch.randn(1, 1, 4, 4), torch.randn(8, 8)
+    with pytest.warns(UserWarning, match="embed_visible runs the slower reference path: there is none") as seen:
+        for _ in range(2):
+            embed_visible(image, image, None, torch.ones(1), None, weight, None, None, eps=image)
+    assert len(seen) == 1
