@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -417,6 +418,8 @@ def test_embed_visible_says_that_it_runs_without_the_extension(monkeypatch):
     monkeypatch.setattr(_extension, "_warned", set())
     image, weight = torch.randn(1, 1, 4, 4), torch.randn(8, 8)
     with pytest.warns(UserWarning, match="embed_visible runs the slower reference path: there is none") as seen:
-        for _ in range(2):
-            embed_visible(image, image, None, torch.ones(1), None, weight, None, None, eps=image)
+        embed_visible(image, image, None, torch.ones(1), None, weight, None, None, eps=image)
     assert len(seen) == 1
+    with warnings.catch_warnings():  # and is not said again
+        warnings.simplefilter("error")
+        embed_visible(image, image, None, torch.ones(1), None, weight, None, None, eps=image)
