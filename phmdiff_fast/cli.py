@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .errors import BACKEND, IO, MEMORY, USAGE, DataErrors, PhmdiffError
 from .progress import bar, say, share_bar
 
 PRESETS = "xs|s4|b4|l4|paper"  # config.PRESETS, named here so that --help need not import it; a test holds them equal
+MAX_LINE = 2000  # characters of an error
 DATA = click.argument("data", metavar="DATA", type=click.Path(path_type=Path))
 RUN = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
@@ -19,6 +21,20 @@ DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), de
 STEPS = click.option("--steps", type=int, help="Sampling steps; 1 is the direct estimate.  [default: the run's]")
 SAMPLER = click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), help="How to step.  [default: the run's]")
 QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
+
+
+def _number(context, option, value):
+    """A range lets NaN pass."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("nan is no number.", context, option)
+    return value
+
+
+NAN = click.option("--nan", type=click.Choice(["raise", "zero"]), help="NaN and Inf voxels: refuse the scan, or "
+                   "set them to 0.  [default: the run's, else raise]")  # fmt: skip
+MAX_GIB = click.option("--max-volume-gib", type=click.FloatRange(0, 2**20, min_open=True), metavar="GIB",
+                       callback=_number, help="Largest scan that is read, counted as float32.  [default: the run's, "
+                       "else 2]")  # fmt: skip
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 
 
@@ -38,9 +54,11 @@ def cli(debug: bool) -> None:
 @click.option("--target", help="The contrast to synthesize; has to be there too.")
 @click.option("--split", type=click.Path(path_type=Path), help="Look only at the people of this split file.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page that shows a slice of every scan.")
+@NAN
+@MAX_GIB
 @OVERWRITE
 @QUIET
-def check(data, sources, target, split, html, overwrite, quiet) -> None:
+def check(data, sources, target, split, html, nan, max_volume_gib, overwrite, quiet) -> None:
     """List every problem of a cohort before anything is trained.
 
     DATA is a folder in BraTS 2021, BraTS 2023/24 or SynthRAD layout, or a CSV list
@@ -61,6 +79,7 @@ def check(data, sources, target, split, html, overwrite, quiet) -> None:
     wanted = [*_names(sources), *_names([target] if target else [])]
     with bar(len(subjects), "checking", not quiet) as meter:
         report = check_cohort(cohort, contrasts=wanted or None, subjects=subjects, views=html is not None,
+                              nan=nan or "raise", max_gib=max_volume_gib or 2.0,
                               progress=lambda *_: meter.update())  # fmt: skip
     click.echo(report.table())
     for note in report.notes:
@@ -97,11 +116,23 @@ def check(data, sources, target, split, html, overwrite, quiet) -> None:
 @click.option("--fold", metavar="I/K", help="Test on fold I of K (1/5 ... 5/5); every subject is in one fold's test.")
 @click.option("--skip-incomplete", is_flag=True, help="Leave people without every contrast asked for out.")
 @click.option("--seed", type=int, help="Seed of weights, noise, masks, order and split.  [default: 0]")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="STEP", help="Go on from this checkpoint of the "
+              "run: a folder step-N, or N. Later ones are set aside.  [default: the newest that is whole]")  # fmt: skip
+@click.option("--workers", type=int, help="Processes that read batches ahead.  [default: 0]")
+@click.option("--deterministic", is_flag=True, help="The same bits every time on the same machine; needs --steps.")
+@click.option("--on-spike", type=click.Choice(["warn", "skip", "rollback", "stop"]), help="When the loss jumps: say "
+              "so, leave the step out, go back to the last checkpoint, or stop.  [default: warn]")  # fmt: skip
+@NAN
+@MAX_GIB
 @DEVICE
 @QUIET
 def train(data, sources, target, out, preset, minutes, steps, image_size, axis, context_slices, hu_window,
-          config_file, settings, split, fold, skip_incomplete, seed, device, quiet) -> None:  # fmt: skip
+          config_file, settings, split, fold, skip_incomplete, seed, resume, workers, deterministic, on_spike,
+          nan, max_volume_gib, device, quiet) -> None:  # fmt: skip
     """Train a model on a cohort: masked pre-training, then unmasked fine-tuning.
+
+    The same command goes on where an interrupted training stopped. On several devices:
+    torchrun --nproc-per-node N -m phmdiff_fast train ...
 
     Settings are taken from the preset, then --config, then the options, then --set; later ones win.
     """
@@ -115,7 +146,9 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
              ("data", "hu_window", list(hu_window) if hu_window else None),
              ("data", "skip_incomplete", skip_incomplete or None),
              ("train", "minutes", minutes), ("train", "steps", steps), ("train", "seed", seed),
-             ("train", "device", device if device != "auto" else None)]  # fmt: skip
+             ("train", "device", device if device != "auto" else None), ("train", "workers", workers),
+             ("train", "deterministic", deterministic or None), ("train", "on_spike", on_spike),
+             ("data", "nan", nan), ("data", "max_volume_gib", max_volume_gib)]  # fmt: skip
     for table, key, value in given:
         if value is not None:
             flags[table][key] = value
@@ -136,7 +169,7 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 
     from .train import train as run_training
 
-    run_training(data, out, config, split_file=split, fold=_fold(fold), progress=not quiet)
+    run_training(data, out, config, split_file=split, fold=_fold(fold), resume=resume, progress=not quiet)
 
 
 @cli.command()
@@ -147,10 +180,12 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 @SAMPLER
 @click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
 @click.option("--batch-size", type=int, help="Slices at a time.  [default: the run's]")
+@NAN
+@MAX_GIB
 @OVERWRITE
 @DEVICE
 @QUIET
-def sample(run, inputs, out, steps, sampler, seed, batch_size, overwrite, device, quiet) -> None:
+def sample(run, inputs, out, steps, sampler, seed, batch_size, nan, max_volume_gib, overwrite, device, quiet) -> None:
     """Synthesize the missing contrast of each INPUT with a trained RUN.
 
     INPUT is a scan (runs with one source), a subject's folder, or a whole cohort. Each volume is
@@ -167,7 +202,8 @@ def sample(run, inputs, out, steps, sampler, seed, batch_size, overwrite, device
             meter.total = total
             meter.update(done - meter.n)
 
-        for path in synthesize_all(opened, inputs, out, settings, overwrite=overwrite, progress=count):
+        for path in synthesize_all(opened, inputs, out, settings, nan=nan, max_gib=max_volume_gib,
+                                   overwrite=overwrite, progress=count):  # fmt: skip
             click.echo(path)
 
 
@@ -182,10 +218,13 @@ def sample(run, inputs, out, steps, sampler, seed, batch_size, overwrite, device
 @STEPS
 @SAMPLER
 @click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
+@NAN
+@MAX_GIB
 @OVERWRITE
 @DEVICE
 @QUIET
-def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, seed, overwrite, device, quiet) -> None:
+def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, seed, nan, max_volume_gib, overwrite,
+             device, quiet) -> None:  # fmt: skip
     """Score a RUN on people it has not seen, at the run's image size; mean and deviation over people."""
     from .evaluate import evaluate as score
     from .evaluate import write_table
@@ -199,7 +238,7 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, s
     settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed)
     with share_bar("training the U-Net baseline", baselines and not quiet) as meter:
         result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
-                       baselines=baselines, progress=meter.at)  # fmt: skip
+                       nan=nan, max_gib=max_volume_gib, baselines=baselines, progress=meter.at)  # fmt: skip
     size = opened.config.data.image_size
     who = ", ".join(case.subject for case in result.cases)
     click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: {who}")
@@ -262,8 +301,14 @@ def _fold(text: str | None) -> tuple[int, int] | None:
 
 def _fail(lines: list[str], code: int) -> None:
     for line in lines:
-        say(line)
+        say(_one_line(line))
     sys.exit(code)
+
+
+def _one_line(text: str) -> str:
+    """What a file or folder is called may hold line breaks and a terminal's control codes, or never end."""
+    told = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text[: MAX_LINE + 1])
+    return told if len(told) <= MAX_LINE else told[: MAX_LINE - 4] + " ..."
 
 
 def _is_backend_error(problem: Exception) -> bool:

@@ -47,6 +47,8 @@ class DataConfig(Settings):
     hu_window: tuple[float, float] = (-1024.0, 3000.0)  # HU that become -1 and 1 (ct, cbct); synthrad2023's range
     min_foreground: float = Field(0.01, ge=0.0, lt=1.0)  # a training slice has at least this share
     skip_incomplete: bool = False  # leave subjects without every contrast asked for out
+    nan: Literal["raise", "zero"] = "raise"  # NaN and Inf voxels: refuse the scan, or set them to 0
+    max_volume_gib: float = Field(2.0, gt=0)  # the largest scan that is read, counted as float32
 
     @model_validator(mode="after")
     def _target_is_no_source(self):
@@ -144,7 +146,14 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 where the processor multiplies it natively
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = Field(0, ge=0, lt=2**32)
+    deterministic: bool = False  # only operations that give the same bits every time; needs steps, not minutes
+    micro_batch: int | None = Field(None, ge=1)  # images a device computes at a time; None: as many as its memory holds
+    on_spike: Literal["warn", "skip", "rollback", "stop"] = "warn"  # a loss far above the last 200 (10 MAD)
+    workers: int = Field(0, ge=0, le=64)  # processes that read batches ahead
+    worker_timeout: float = Field(60.0, gt=0)  # seconds until a silent worker counts as hung
+    peer_timeout: float = Field(300.0, gt=0)  # seconds until a process of several that all wait for counts as hung
     checkpoint_every: float = Field(120.0, gt=0)  # seconds between checkpoints
+    checkpoint_steps: int | None = Field(None, ge=1)  # also one every so many steps, without figure and pictures
     keep: int = Field(2, ge=1)  # newest checkpoints kept; the last two that verify stay in any case
 
 
@@ -154,6 +163,14 @@ class SampleConfig(Settings):
     coarse_t: int = Field(0, ge=0)  # coarse="teacher": noise put on the coarser estimate, as in training
     batch_size: int = Field(32, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
+
+
+# What may change from one start of a run to the next: it decides how far, where or how safely, not what.
+FREE = {
+    "data.max_volume_gib", "data.skip_incomplete", "train.minutes", "train.steps", "train.device", "train.keep",
+    "train.deterministic", "train.on_spike", "train.workers", "train.worker_timeout", "train.peer_timeout",
+    "train.checkpoint_every", "train.checkpoint_steps", "train.micro_batch",
+}  # fmt: skip
 
 
 class Config(Settings):
@@ -169,6 +186,20 @@ class Config(Settings):
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(exclude_none=True, mode="json"))
+
+    def fixed(self) -> dict[str, Any]:
+        """``"table.key"`` -> value (of JSON's types) of everything a run has to go on with as it was begun."""
+        return {
+            f"{table}.{key}": value
+            for table, keys in self.model_dump(mode="json", include={"data", "model", "train"}).items()
+            for key, value in keys.items()
+            if f"{table}.{key}" not in FREE
+        }
+
+
+def differing(begun: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The fields of two ``Config.fixed()`` that differ, with both values: ``"train.lr 0.001 -> 0.002"``."""
+    return [f"{key} {begun[key]!r} -> {now[key]!r}" for key in now if key in begun and begun[key] != now[key]]
 
 
 def _vit(depth, width, heads, decoder_depth, **more) -> dict[str, Any]:

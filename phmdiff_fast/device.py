@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import torch
 
@@ -41,6 +42,21 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if has_native_bf16(device) else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool):
+    """While entered and ``wanted``, only operations that give the same bits every time on the same machine."""
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS' first use
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):

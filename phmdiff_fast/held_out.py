@@ -28,6 +28,11 @@ def rows_of(cache: SliceCache, subjects: list[str]) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
 
+def subject_of(cache: SliceCache, row: int) -> str:
+    """Whose slice a row is."""
+    return next(subject for subject in cache.subjects if row in cache.rows_of(subject))
+
+
 def spaced(rows: np.ndarray, count: int) -> np.ndarray:
     """At most ``count`` of ``rows``, evenly spaced from end to end."""
     if len(rows) <= count:

@@ -34,13 +34,15 @@ class StopRequest:
     with StopRequest() as stop:
         while not stop.asked: ...a step...
         save()
-    stop.end()  # raises what the signal stands for, if one came
+    stop.end(stop.asked)  # raises what the signal stands for, if one came
 
+    quiet : say nothing of it (one of several processes does)
     Outside the main thread, where Python hands no signals, it is never asked.
     """
 
-    def __init__(self):
+    def __init__(self, *, quiet: bool = False):
         self.asked: int | None = None
+        self._quiet = quiet
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -60,11 +62,13 @@ class StopRequest:
         if self.asked is None:
             self.asked = number
             again = "; again: stop at once" if number == signal.SIGINT else ""
-            say(f"stopping at the end of this step, with a checkpoint{again}")
+            if not self._quiet:
+                say(f"stopping at the end of this step, with a checkpoint{again}")
 
-    def end(self) -> None:
-        """KeyboardInterrupt after SIGINT, Terminated after SIGTERM; nothing if no signal came."""
-        if self.asked == signal.SIGINT:
+    @staticmethod
+    def end(asked: int | None) -> None:
+        """KeyboardInterrupt after SIGINT, Terminated after SIGTERM; nothing if no signal came (0 or None)."""
+        if asked == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.asked is not None:
+        if asked:
             raise Terminated

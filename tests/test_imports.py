@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # -> kernels and the extension. A module may import from strictly lower ranks only.
 RANKS = [
     ["errors"],
-    ["config", "progress", "files", "html_page"],
+    ["config", "progress", "files", "html_page", "distributed", "kernel_caches"],
     ["signals"],
     ["kernels._impl"],
     ["kernels._extension"],
@@ -31,8 +31,8 @@ RANKS = [
     ["diffusion", "splits", "views"],
     ["data"],
     ["check", "cache", "augment"],
-    ["model", "sampling", "losses", "checkpoint", "ema", "metrics", "pictures", "simulate"],
-    ["phmdiff", "baselines", "check_page"],
+    ["model", "sampling", "losses", "checkpoint", "ema", "metrics", "pictures", "simulate", "loader", "guards"],
+    ["phmdiff", "baselines", "check_page", "checkpoint_writer", "run_folder"],
     ["held_out"],
     ["train", "generate", "report"],
     ["evaluate"],

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -70,16 +71,17 @@ def test_c5_a_second_interrupt_ends_at_once_and_leaves_the_older_checkpoint(tiny
 
 
 def test_c5_a_second_interrupt_while_saving_leaves_nothing_half_written(tiny_cohort, tmp_path, monkeypatch):
-    real = checkpoint._sync
+    real = checkpoint._write_tensors
 
-    def interrupted(path):
+    def interrupted(path, *more):
         if path.name == "optimizer.safetensors":
             os.kill(os.getpid(), signal.SIGINT)
-        real(path)
+            time.sleep(0.3)  # the training waits for the thread that writes
+        return real(path, *more)
 
     with monkeypatch.context() as patch:
         send(patch, 1, signal.SIGINT)
-        patch.setattr(checkpoint, "_sync", interrupted)
+        patch.setattr(checkpoint, "_write_tensors", interrupted)
         assert cli(*arguments(tiny_cohort, tmp_path / "r", 5)) == 130
     assert list((tmp_path / "r" / "checkpoints").iterdir()) == []
     assert cli(*arguments(tiny_cohort, tmp_path / "r", 2)) == 0
@@ -114,14 +116,14 @@ def test_the_handlers_that_were_there_come_back_and_other_threads_have_none():
         assert stop.asked == signal.SIGTERM
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     with pytest.raises(Terminated) as ended:
-        stop.end()
+        stop.end(stop.asked)
     assert ended.value.code == 143
     seen = []
 
     def elsewhere():
         with StopRequest() as stop:
             seen.append((stop.asked, signal.getsignal(signal.SIGINT)))
-        stop.end()
+        stop.end(stop.asked)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()

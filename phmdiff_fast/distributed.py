@@ -1,0 +1,246 @@
+"""Several processes that train one model: who is who, what they agree on, and what happens when one is lost.
+
+``torchrun --nproc-per-node N -m phmdiff_fast train ...`` starts them; each takes its share of every batch.
+A thread in each tells the others twice a second that it is there (a beat), and how many times it has come to a
+meeting (a collective operation). A process that is gone, or that the others have waited for too long, is named,
+and all that are left end with exit code 7: a step that misses a process' gradients cannot be finished.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import PEER, USAGE, PhmdiffError
+
+BEAT = 0.5  # seconds
+SILENT = 6.0  # seconds without a beat after which a process of another machine counts as gone
+PATIENCE = 8.0  # seconds in which a broken connection is traced to a process
+
+
+@dataclass
+class Peer:
+    """What another process says of itself: ``beats``, ``met`` (meetings it came to), where it runs, how it left."""
+
+    beats: int = -1
+    met: int = 0
+    host: str = "?"
+    pid: int = 0
+    left: str | None = None  # "" : all went well; else the line of its error
+    exit_code: int = 0
+    heard: float = 0.0  # time.monotonic() of its last new beat
+
+
+class Alone:
+    """One process: everything is agreed on already."""
+
+    rank, world, local_rank, token = 0, 1, 0, ""
+    first = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def max(self, *values: float) -> list[float]:
+        """The largest over all processes of each value."""
+        return list(values)
+
+    def tell(self, text: str) -> str:
+        """Process 0's text, in every process."""
+        return text
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace every tensor by its mean over the processes."""
+
+
+class Together(Alone):
+    """This process among several, as torchrun's environment says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    timeout : seconds the others wait at a meeting until a process counts as hung
+    ending : called with the line and exit code before the process is ended from the watching thread
+    """
+
+    def __init__(self, device: torch.device, *, timeout: float, ending: Callable[[str, int], None]):
+        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.first = self.rank == 0
+        self._timeout, self._ending = timeout, ending
+        self._met = 0
+        self._waits_since: float | None = None
+        self._over = threading.Event()
+        self._leaving = threading.Lock()
+        self.peers = {rank: Peer() for rank in range(self.world) if rank != self.rank}
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            torch.cuda.set_device(self.local_rank)
+        # The watching thread ends a process long before: this is only for when that fails.
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=2 * timeout + 60))
+        self._store = dist.PrefixStore(
+            f"phmdiff/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/",
+            dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          timeout=datetime.timedelta(seconds=SILENT), wait_for_workers=False),
+        )  # fmt: skip
+        self._beat(0)
+        self._watching = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._watching.start()
+        self.token = self.tell(f"{os.getpid()}-{time.time_ns():x}")
+
+    # --- what they agree on
+
+    def max(self, *values: float) -> list[float]:
+        mine = torch.tensor(values, dtype=torch.float64)
+        with self._meeting():
+            dist.all_reduce(mine, dist.ReduceOp.MAX)
+        return mine.tolist()
+
+    def tell(self, text: str) -> str:
+        size = torch.tensor([len(text.encode())])
+        with self._meeting():
+            dist.broadcast(size, 0)
+        data = torch.zeros(int(size), dtype=torch.uint8)
+        if self.first:
+            data = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)[: int(size)]
+        with self._meeting():
+            dist.broadcast(data, 0)
+        return bytes(data.tolist()).decode()
+
+    def average(self, tensors: list[Tensor]) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        with self._meeting():
+            dist.all_reduce(flat)
+        flat /= self.world
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    @contextmanager
+    def _meeting(self):
+        self._met += 1
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        except RuntimeError as problem:  # the connection broke: who is it?
+            until = time.monotonic() + PATIENCE
+            while time.monotonic() < until:
+                time.sleep(BEAT / 2)
+                self._judge()  # does not come back if somebody is gone
+            self._leave(f"a connection broke ({str(problem).splitlines()[0][:200]!r})", PEER)
+        finally:
+            self._waits_since = None
+
+    # --- who is lost
+
+    def _beat(self, number: int, left: str | None = None, exit_code: int = 0) -> None:
+        said = "-" if left is None else "+" + left
+        self._store.set(f"{self.rank}", f"{number} {self._met} {os.getpid()} {exit_code} {platform.node()}\n{said}")
+
+    def _watch(self) -> None:
+        number = 0
+        while not self._over.wait(BEAT):
+            number += 1
+            try:
+                self._beat(number)
+                for rank, peer in self.peers.items():
+                    self._hear(rank, peer)
+            except Exception as problem:
+                if self._over.is_set():
+                    return
+                # The store lives with torchrun, or with process 0.
+                self._leave(f"process 0, or torchrun, which keeps the processes together, is gone "
+                            f"({str(problem).splitlines()[0][:120]!r})", PEER)  # fmt: skip
+            self._judge()
+
+    def _hear(self, rank: int, peer: Peer) -> None:
+        if not self._store.check([f"{rank}"]):
+            return
+        head, _, said = self._store.get(f"{rank}").decode().partition("\n")
+        beats, met, pid, exit_code, host = head.split(" ", 4)
+        if int(beats) != peer.beats or said[:1] == "+":
+            peer.heard = time.monotonic()
+        peer.beats, peer.met, peer.pid, peer.host = int(beats), int(met), int(pid), host
+        if said[:1] == "+":
+            peer.left, peer.exit_code = said[1:], int(exit_code)
+
+    def _judge(self) -> None:
+        """End this process if another is lost."""
+        now = time.monotonic()
+        waits = self._waits_since
+        for rank, peer in self.peers.items():
+            who = f"process {rank} (pid {peer.pid} on {peer.host!r})"
+            if peer.left:
+                self._leave(f"{who} ended: {peer.left}", peer.exit_code, said=True)
+            elif peer.left == "" or peer.beats < 0:
+                continue
+            elif peer.host == platform.node() and not _runs(peer.pid):
+                self._leave(f"{who} is gone", PEER)
+            elif now - peer.heard > SILENT and peer.host != platform.node():
+                self._leave(f"{who} has not been heard of for {now - peer.heard:.0f} s", PEER)
+            elif waits is not None and now - waits > self._timeout and peer.met < self._met:
+                self._leave(f"{who} hangs: the others have waited for it for {now - waits:.0f} s", PEER)
+
+    def _leave(self, what: str, exit_code: int, *, said: bool = False) -> None:
+        """End at once, from whichever thread: the main one may be inside a collective that never returns."""
+        if not self._leaving.acquire(blocking=False) or self._over.is_set():
+            threading.Event().wait()  # the other thread is ending the process, or it is ending by itself
+        cure = "the same command goes on from the last checkpoint"
+        line = PhmdiffError("PEER_LOST", what, cure, exit_code=PEER).line()
+        try:
+            self._ending(line, exit_code)
+            if not said:  # an error is told once, by the process it belongs to
+                print(f"phmdiff-fast: process {self.rank}: {line}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(exit_code)
+
+    def __exit__(self, kind, problem, trace) -> None:
+        self._over.set()
+        self._watching.join(BEAT + SILENT)
+        exit_code = _exit_code(problem)
+        left = "" if problem is None else str(problem) if isinstance(problem, PhmdiffError) else kind.__name__
+        try:
+            self._beat(-2, left, exit_code)
+            if problem is None or exit_code in (130, 143):  # all come here together
+                dist.destroy_process_group()
+        except Exception:  # the store is gone already; there is nobody left to tell
+            pass
+
+
+def _exit_code(problem: BaseException | None) -> int:
+    if isinstance(problem, KeyboardInterrupt):
+        return 130
+    if isinstance(problem, SystemExit):
+        return int(problem.code or 0)
+    return 0 if problem is None else getattr(problem, "exit_code", 1)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return not os.path.isdir("/proc/self")  # without /proc nothing is known
+
+
+def is_several() -> bool:
+    """Whether this process was started as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def refuse_share(batch_size: int, world: int) -> None:
+    """Raise WORLD_SIZE (exit 2) unless ``world`` processes can share a batch equally."""
+    if batch_size % world:
+        legal = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+        raise PhmdiffError("WORLD_SIZE", f"a batch of {batch_size} cannot be shared by {world} processes",
+                           f"start one of {legal}, or change train.batch_size", exit_code=USAGE)  # fmt: skip
