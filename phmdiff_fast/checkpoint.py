@@ -166,7 +166,7 @@ def save(
         manifest["files"] = {name: digest for each in parts for name, digest in each["files"].items()}
         manifest["tensors"] = {group: {k: v for each in parts for k, v in each["tensors"][group].items()}
                                for group in groups}  # fmt: skip
-        _write_synced(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        _write_synced(temporary / "manifest.json", json.dumps({"sha256": _own_sha256(manifest), **manifest}, indent=1))
         _sync(temporary)
         temporary.rename(final)
         _sync(folder)
@@ -262,11 +262,14 @@ def verify(folder: Path) -> Checkpoint:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"a manifest of more than {MOST_BYTES >> 20} MiB")
         manifest = json.loads(path.read_text())
-        files = manifest["files"]
+        files, own = manifest["files"], manifest.pop("sha256", None)
         if manifest["format"] > FORMAT:
             raise PhmdiffError("CHECKPOINT_NEWER", f"has format {manifest['format']}, this version reads {FORMAT}",
                                f"it needs phmdiff-fast >= {str(manifest.get('version', '?'))[:40]!r}",
                                exit_code=CHECKPOINT, file=folder)  # fmt: skip
+        if (own is not None or manifest["format"] > 1) and own != _own_sha256(manifest):
+            raise PhmdiffError("CHECKPOINT_HASH", "is damaged: its content does not have the SHA-256 it states",
+                               "use an older checkpoint", exit_code=CHECKPOINT, file=path)  # fmt: skip
         for name, digest in files.items():
             if not _FILE.fullmatch(name):
                 if name.endswith(PICKLES):
@@ -281,6 +284,10 @@ def verify(folder: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise PhmdiffError("CHECKPOINT_BROKEN", f"is not readable ({_short(problem)})", "use an older checkpoint",
                            exit_code=CHECKPOINT, file=folder) from None  # fmt: skip
+
+
+def _own_sha256(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _short(problem: Exception) -> str:

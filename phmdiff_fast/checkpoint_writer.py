@@ -54,6 +54,8 @@ class Writer:
                 checkpoint.save(self._folder, step, copied, facts, cancelled=self._cancelled.is_set, **self._how)
                 if self._written is not None:
                     self._written(step)
+            except checkpoint.Cancelled:
+                pass
             except BaseException as problem:  # told by the next call from the training
                 self._problem = problem
             finally:

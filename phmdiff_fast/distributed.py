@@ -8,6 +8,7 @@ and all that are left end with exit code 7: a step that misses a process' gradie
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
@@ -15,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -126,7 +126,7 @@ class Together(Alone):
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _meeting(self):
         self._met += 1
         self._waits_since = time.monotonic()
@@ -198,9 +198,11 @@ class Together(Alone):
         cure = "the same command goes on from the last checkpoint"
         line = PhmdiffError("PEER_LOST", what, cure, exit_code=PEER).line()
         try:
-            self._ending(line, exit_code)
             if not said:  # an error is told once, by the process it belongs to
                 print(f"phmdiff-fast: process {self.rank}: {line}", file=sys.stderr, flush=True)
+            self._ending(line, exit_code)
+            with contextlib.suppress(Exception):  # one that hangs still hears of it, and ends
+                self._beat(-2, line, exit_code)
         finally:
             os._exit(exit_code)
 

@@ -384,7 +384,9 @@ class _Training:
                 failed = writer.problem.exit_code if writer.problem else 0
                 asked, elapsed, failed = ranks.max(stop.asked or 0, now if ranks.first else 0.0, failed)
                 if failed:
-                    writer.wait()  # raises the cause, where it is
+                    if writer.problem:
+                        raise writer.problem
+                    writer.abandon()  # what waits for the other's share
                     raise PhmdiffError("PEER_FAILED", "another process cannot write its share of a checkpoint",
                                        "see its line", exit_code=int(failed))  # fmt: skip
                 share = budget.share(self.step, elapsed)

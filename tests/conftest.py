@@ -122,3 +122,12 @@ def tiny_cohort(tmp_path_factory) -> Path:
         for contrast, voxels in phantom(i).items():
             write_scan(root / f"p{i}" / f"p{i}_{contrast}.nii.gz", voxels, affine)
     return root
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """A server of quick processes (tests/faults)."""
+    from zygote import Zygote
+
+    with Zygote() as server:
+        yield server

@@ -71,6 +71,13 @@ def listed(folder: Path, **files: bytes) -> None:
         name = name.replace("__", ".")
         (folder / name).write_bytes(content)
         manifest["files"][name] = hashlib.sha256(content).hexdigest()
+    put_manifest(folder, manifest)
+
+
+def put_manifest(folder: Path, manifest: dict) -> None:
+    """A manifest that states its own hash, as one who means harm would write it."""
+    manifest.pop("sha256", None)
+    manifest["sha256"] = checkpoint._own_sha256(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -104,7 +111,7 @@ def test_c9_a_pickle_is_never_opened_as_one(folder, tmp_path, name):
 def test_c9_a_manifest_names_files_of_its_own_folder_only(folder, name):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {name: "0" * 64}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    put_manifest(folder, manifest)
     line = refused(folder)
     assert "\n" not in line
     assert repr(name) in line
