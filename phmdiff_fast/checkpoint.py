@@ -12,6 +12,7 @@ existing one is never overwritten. Nothing here unpickles. ``checkpoint_writer``
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -376,8 +377,9 @@ def prune(folder: Path, keep: int) -> None:
         if number >= keep and verified >= VERIFIED:
             # Renamed first: a removal that is cut short must not leave a folder that looks like a checkpoint.
             going = folder / f"{TEMPORARY}{path.name}-going"
-            path.rename(going)
-            shutil.rmtree(going)
+            with contextlib.suppress(OSError):  # the new one is whole: what cannot be removed stays until next time
+                path.rename(going)
+                shutil.rmtree(going)
         elif verified < VERIFIED:
             verified += _verifies(path)
 

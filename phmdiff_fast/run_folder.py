@@ -20,7 +20,7 @@ from .cache import SliceCache
 from .check import check_cohort
 from .config import Config, differing, load_toml
 from .errors import USAGE, DataErrors, PhmdiffError
-from .files import LOCK, whole_file, write_json
+from .files import LOCK, is_unfinished, whole_file, write_json, writing
 from .progress import bar, say
 
 
@@ -57,7 +57,8 @@ def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file, fol
         return split, True
     # What a start that was cut short leaves is no obstacle.
     begun_only = {LOCK, "cache", "checkpoints", "config.toml", "split.json", status_name(0)}
-    if out.exists() and (not out.is_dir() or any(path.name not in begun_only for path in out.iterdir())):
+    ours = lambda path: path.name in begun_only or is_unfinished(path)  # noqa: E731
+    if out.exists() and not (out.is_dir() and all(map(ours, out.iterdir()))):
         raise PhmdiffError("OUTPUT_EXISTS", "exists and is no run folder", "choose another --out",
                            exit_code=USAGE, file=out)  # fmt: skip
     return prepare_split(cohort, config, split_file, fold), False
@@ -68,8 +69,9 @@ def begin(out: Path, config: Config, split: dict, facts: dict) -> None:
     with whole_file(out / "config.toml") as file:
         file.write(config.to_toml().encode())
     write_json(out / "split.json", split)
-    (out / "pictures").mkdir(exist_ok=True)
     write_json(out / "run.json", facts)
+    with writing(out / "pictures"):  # after run.json: a start that was cut short is known by what lies there
+        (out / "pictures").mkdir(exist_ok=True)
 
 
 def refuse_bad_cohort(cohort: data.Cohort, config: Config, subjects: list[str], progress: bool) -> None:
@@ -128,20 +130,22 @@ class Log:
             kept = [record for record in read_log(self.path) if record["step"] <= step]
             with whole_file(self.path) as file:
                 file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
-            self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by the with)
+            with writing(self.path):
+                self._file = open(self.path, "a", buffering=1)  # noqa: SIM115 (closed by the with)
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_) -> None:
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # nothing is left to write but what was refused, and told
             self._file.close()
 
     def write(self, record: dict) -> None:
         """From any thread."""
         with self._lock:
             if not self._file.closed:
-                self._file.write(json.dumps(record) + "\n")
+                with writing(self.path):
+                    self._file.write(json.dumps(record) + "\n")
 
     def written(self, step: int) -> None:
         """A checkpoint is whole and on the disk: from here on no crash loses it."""

@@ -22,7 +22,7 @@ from .device import autocast, deterministic, pick_device, pick_precision
 from .distributed import Alone, Together, is_several, refuse_share
 from .ema import EMA
 from .errors import CHECKPOINT, DATA, NONFINITE, USAGE, PhmdiffError
-from .files import locked, write_json
+from .files import locked, remove_unfinished, write_json
 from .guards import ROLLBACKS, Spikes, fitting, is_out_of_memory, out_of_memory
 from .held_out import held_out, rows_of, spaced, subject_of
 from .loader import NAMES, Loader
@@ -136,6 +136,7 @@ class _Training:
         config, tc, out = self.config, self.config.train, self.out
         if self.ranks.first:
             self.status.say("starting")
+            remove_unfinished(out)
             checkpoint.remove_leftovers(out / "checkpoints")
             cache = open_cache(out, cohort, config, split, progress)
             rows = rows_of(cache, split["train"])
