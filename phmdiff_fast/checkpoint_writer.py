@@ -93,6 +93,11 @@ class Writer:
             return self._problem
         raise self._problem
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being written."""
+        return self._done.is_set()
+
     def wait(self) -> None:
         """Wait until nothing is being written. Raises what the writing raised."""
         self._done.wait()

@@ -46,6 +46,11 @@ def cli(debug: bool) -> None:
 
     Research use only, never a diagnosis.
     """
+    if click.get_current_context().invoked_subcommand in ("train", "sample", "evaluate", "demo"):
+        from .kernel_caches import private_kernel_caches
+
+        for line in private_kernel_caches():
+            say(line)
 
 
 @cli.command()

@@ -88,16 +88,23 @@ class Together(Alone):
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(self.local_rank)
         # The watching thread ends a process long before: this is only for when that fails.
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=2 * timeout + 60))
-        self._store = dist.PrefixStore(
-            f"phmdiff/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/",
-            dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                          timeout=datetime.timedelta(seconds=SILENT), wait_for_workers=False),
-        )  # fmt: skip
+        patience = datetime.timedelta(seconds=2 * timeout + 60)
+        store = self._connect(patience, hosts=self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=patience)
+        # A connection of its own: what the main thread waits for on the other one would hold the beats up.
+        self._store = self._connect(datetime.timedelta(seconds=SILENT))
         self._beat(0)
         self._watching = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._watching.start()
         self.token = self.tell(f"{os.getpid()}-{time.time_ns():x}")
+
+    @staticmethod
+    def _connect(patience: datetime.timedelta, hosts: bool = False) -> dist.PrefixStore:
+        """The store that torchrun, or process 0, keeps; with names of this start alone: after a restart torchrun's
+        still holds the addresses of the processes that are gone."""
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=hosts,
+                              timeout=patience, wait_for_workers=False)  # fmt: skip
+        return dist.PrefixStore(f"phmdiff-fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     # --- what they agree on
 

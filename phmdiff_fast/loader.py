@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -84,11 +85,13 @@ class Loader:
         if not self._workers:
             return
         before = set(multiprocessing.active_children())
-        loader = DataLoader(
-            self._data, batch_size=None, sampler=_Steps(step), num_workers=self._workers, timeout=self._timeout,
-            worker_init_fn=_in_worker, multiprocessing_context="fork",  # spawn would send the cache through a pipe
-            generator=torch.Generator().manual_seed(0),  # else it draws from the global one
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # more than processors: as asked
+            loader = DataLoader(
+                self._data, batch_size=None, sampler=_Steps(step), num_workers=self._workers, timeout=self._timeout,
+                worker_init_fn=_in_worker, multiprocessing_context="fork",  # spawn would send the cache through a pipe
+                generator=torch.Generator().manual_seed(0),  # else it draws from the global one
+            )  # fmt: skip
         self._iterator = iter(loader)
         self._processes = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid)
 

@@ -126,6 +126,7 @@ class _Training:
         self.dtype = pick_precision(config.train.precision, device)
         self.status = Status(out, ranks.rank, ranks.world)
         self.step, self.before = 0, 0.0  # steps made; seconds trained before this start
+        self.written = -1  # the step of the last checkpoint
         self.spikes = Spikes()
         self.micro = config.train.micro_batch or config.train.batch_size // ranks.world
 
@@ -223,7 +224,7 @@ class _Training:
         self.ema.load_state_dict(latest.tensors("ema", self.device))
         checkpoint.load_optimizer(self.optimizer, self.model, latest.tensors("optimizer", self.device))
         self.spikes.load(latest.manifest.get("spikes", {}))
-        self.step = latest.step
+        self.step = self.written = latest.step
 
     # --- a step
 
@@ -344,6 +345,9 @@ class _Training:
 
         def write_checkpoint(psnr: float | None = None) -> None:
             look()
+            if self.step == self.written:
+                return
+            self.written = self.step
             self.status.say("training", step=self.step)
             facts = {"seconds": elapsed, "version": __version__, "val_psnr": psnr, "config": config.fixed(),
                      "spikes": self.spikes.state()}  # fmt: skip
