@@ -97,9 +97,9 @@ def main() -> None:
     print(f"{figures['preset']}, batch {figures['batch']}, {figures['image_size']}x{figures['image_size']}, "
           f"{figures['device']}, {figures['precision']}: a checkpoint of {figures['checkpoint_mib']} MiB, "
           f"a step of {figures['step_s']:.2f} s")  # fmt: skip
-    print(f"the loop waits {figures['copy_s'] * 1e3:.0f} ms for the copy: {100 * figures['copy_share']:.1f} % of a step; "
-          f"steps beside the writing take {100 * figures['beside_share']:.1f} % of a step longer in all; "
-          f"written after {figures['written_after_s']:.1f} s")  # fmt: skip
+    copy, beside = 100 * figures["copy_share"], 100 * figures["beside_share"]
+    print(f"the loop waits {figures['copy_s'] * 1e3:.0f} ms for the copy, {copy:.1f} % of a step; the steps beside the")
+    print(f"writing take {beside:.1f} % of a step longer in all; written after {figures['written_after_s']:.1f} s")
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,8 @@ from torch import Tensor
 
 from . import checkpoint
 from .errors import PhmdiffError
+
+NICE = 10  # a tenth of a processor that others want too
 
 
 class Writer:
@@ -48,6 +53,9 @@ class Writer:
             ready.record()  # the copies are queued on the training's own stream, before the next step's changes
 
         def write() -> None:
+            if sys.platform == "linux":  # where a thread has a priority of its own: the training's threads come first
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             try:
                 if ready is not None:
                     ready.synchronize()

@@ -324,7 +324,7 @@ def test_baselines_see_the_training_people_only(trained, tiny_cohort, monkeypatc
     assert seen["seconds"] == run.found.manifest["seconds"]
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_cohort, tmp_path, capsys):
+def test_r1_a_gradient_that_is_not_finite_stops_before_the_update(tiny_cohort, tmp_path, capsys):
     arguments = ["train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", tmp_path / "r", "--steps", 9,
                  "--image-size", 24, "--quiet", *TINY, "--set", "train.lr=1e30"]  # fmt: skip
     assert cli(*arguments) == 5
@@ -332,7 +332,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_cohort, tmp_
     assert not (tmp_path / "r" / "checkpoints").exists()  # weights that blew up are not kept
 
 
-def test_a_backend_that_cannot_run_gets_exit_code_8(monkeypatch, capsys):
+def test_r6_a_backend_that_cannot_run_gets_exit_code_8(monkeypatch, capsys):
     def refuse():
         raise BackendError("mmd2: impl='triton' cannot run here")
 

@@ -132,7 +132,7 @@ def another_library(folder):
 @needs_extension
 @needs_sources
 @pytest.mark.parametrize("broken", [switched_off, missing, no_library, other_sources, another_library])
-def test_without_a_usable_library_the_reference_runs_and_says_why_once(tmp_path, broken):
+def test_r6_without_a_usable_library_the_reference_runs_and_says_why_once(tmp_path, broken):
     folder = package(tmp_path)
     why = broken(folder)
     said = outcome(folder, PHMDIFF_EXTENSION="0" if broken is switched_off else "")
@@ -193,7 +193,7 @@ def cpu_only(monkeypatch):
     monkeypatch.setattr(_extension, "_warned", set())
 
 
-def test_forced_implementations_that_cannot_run_raise(cpu_only):
+def test_r6_forced_implementations_that_cannot_run_raise(cpu_only):
     x = {"x": torch.zeros(1)}
     with pytest.raises(ValueError, match="impl='fast' is unknown"):
         _extension.choose("op", "fast", x)

@@ -55,7 +55,7 @@ def test_a_reason_of_the_caller_counts_too(monkeypatch):
     assert choose("op", "reference", on_gpu(torch.float32), "too many patches") == "reference"
 
 
-def test_forced_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+def test_r6_forced_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(_impl, "HAS_TRITON", True)
     monkeypatch.setattr(_impl, "INTERPRET", False)
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1"):
