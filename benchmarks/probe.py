@@ -25,7 +25,8 @@ from phmdiff_fast.data import discover
 from phmdiff_fast.evaluate import evaluate, load_case, people
 from phmdiff_fast.generate import load
 from phmdiff_fast.held_out import rows_of
-from phmdiff_fast.train import open_cache, train
+from phmdiff_fast.run_folder import open_cache
+from phmdiff_fast.train import train
 
 BASE = {"model": {"patch": 4, "stem": True}, "train": {"mmd_weight": 0.05}}
 FLAT = [{"mask_ratio": 0.0}] * 3

@@ -18,8 +18,9 @@ from .evaluate import Evaluation, evaluate, write_table
 from .generate import load, sample
 from .progress import bar, say, share_bar
 from .report import format_table, write_demo_page
+from .run_folder import read_log
 from .simulate import simulate_cohort
-from .train import read_log, train
+from .train import train
 
 MARK = ".phmdiff-fast-demo"  # in a folder a demo made: only such a folder is ever replaced
 SHORT_NAMES = {"lookup": "lookup table", "unet_l1": "U-Net L1"}

@@ -92,7 +92,7 @@ class Loader:
                 worker_init_fn=_in_worker, multiprocessing_context="fork",  # spawn would send the cache through a pipe
                 generator=torch.Generator().manual_seed(0),  # else it draws from the global one
             )  # fmt: skip
-        self._iterator = iter(loader)
+            self._iterator = iter(loader)
         self._processes = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TINY, cli, phantom, write_scan
 
-from phmdiff_fast import evaluate, generate, train
+from phmdiff_fast import evaluate, generate, trainer
 from phmdiff_fast.config import SampleConfig, TrainConfig
 from phmdiff_fast.data import Subject, discover, load_subject
 from phmdiff_fast.errors import PhmdiffError
@@ -343,9 +343,9 @@ def test_r6_a_backend_that_cannot_run_gets_exit_code_8(monkeypatch, capsys):
 
 def test_learning_rate_by_hand():
     config = TrainConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
-    assert train.learning_rate(config, 0, 0.0) == pytest.approx(0.25)
-    assert train.learning_rate(config, 9, 0.5) == pytest.approx(0.55)
-    assert train.learning_rate(config, 9, 1.5) == pytest.approx(0.1)
+    assert trainer.learning_rate(config, 0, 0.0) == pytest.approx(0.25)
+    assert trainer.learning_rate(config, 9, 0.5) == pytest.approx(0.55)
+    assert trainer.learning_rate(config, 9, 1.5) == pytest.approx(0.1)
 
 
 @pytest.mark.slow

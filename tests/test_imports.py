@@ -34,6 +34,7 @@ RANKS = [
     ["model", "sampling", "losses", "checkpoint", "ema", "metrics", "pictures", "simulate", "loader", "guards"],
     ["phmdiff", "baselines", "check_page", "checkpoint_writer", "run_folder"],
     ["held_out"],
+    ["trainer"],
     ["train", "generate", "report"],
     ["evaluate"],
     ["demo", "doctor"],

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from phmdiff_fast import cache, checkpoint, checkpoint_writer, held_out, phmdiff, run_folder, train
+from phmdiff_fast import cache, checkpoint, checkpoint_writer, held_out, phmdiff, run_folder, train, trainer
 
 
 def die() -> None:
@@ -19,14 +19,14 @@ def die() -> None:
 
 def at_step(wanted: int, act):
     """Call ``act`` in the middle of a step: after its gradients, before its update."""
-    real = train.learning_rate
+    real = trainer.learning_rate
 
     def rate(config, step, share):
         if step == wanted:
             act()
         return real(config, step, share)
 
-    train.learning_rate = rate
+    trainer.learning_rate = rate
 
 
 MOMENTS = ("before_update", "copying", "half_a_shard", "before_manifest", "before_rename", "before_said", "pruning",
@@ -108,7 +108,7 @@ def plain() -> None:
 
 def trace(path: str) -> None:
     """Write down the number of steps made, after each."""
-    real = train._Training.update
+    real = trainer.Trainer.update
 
     def update(self, *given):
         made = real(self, *given)
@@ -116,18 +116,18 @@ def trace(path: str) -> None:
             file.write(f"{self.step + 1}\n")
         return made
 
-    train._Training.update = update
+    trainer.Trainer.update = update
 
 
 def slow(seconds: str) -> None:
     """Every step takes at least so long."""
-    real = train.learning_rate
+    real = trainer.learning_rate
 
     def rate(*given):
         time.sleep(float(seconds))
         return real(*given)
 
-    train.learning_rate = rate
+    trainer.learning_rate = rate
 
 
 def signal_at(step: str, *numbers: str) -> None:
@@ -217,7 +217,7 @@ def worker(what: str, step: str) -> None:
 
 def forget(state: str) -> None:
     """Resume without one part of the state; every one must show in the result."""
-    real = train._Training.load
+    real = trainer.Trainer.load
 
     def load(self, latest):
         fresh = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -236,11 +236,11 @@ def forget(state: str) -> None:
             real_loss = self.loss
             self.loss = lambda batch, rows, step, masked, back=self.step: real_loss(batch, rows, step - back, masked)
         elif state == "schedule":
-            rate, back = train.learning_rate, self.step
-            train.learning_rate = lambda config, step, share: rate(config, step - back, share)
+            rate, back = trainer.learning_rate, self.step
+            trainer.learning_rate = lambda config, step, share: rate(config, step - back, share)
         elif state == "spikes":
             self.spikes = type(self.spikes)()
         else:
             raise ValueError(state)
 
-    train._Training.load = load
+    trainer.Trainer.load = load

@@ -121,14 +121,14 @@ def test_c11_an_elastic_restart_goes_on(tiny_cohort, tmp_path):
         "import os, pathlib, signal\n"
         f"marker = pathlib.Path({str(marker)!r})\n"
         "if os.environ.get('RANK') == '1' and not marker.exists():\n"
-        "    from phmdiff_fast import train\n"
-        "    real = train.learning_rate\n"
+        "    from phmdiff_fast import trainer\n"
+        "    real = trainer.learning_rate\n"
         "    def rate(config, step, share):\n"
         "        if step == 5:\n"
         "            marker.touch()\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
         "        return real(config, step, share)\n"
-        "    train.learning_rate = rate\n"
+        "    trainer.learning_rate = rate\n"
     )
     job = torchrun(command(tiny_cohort, run), "--max-restarts=1", env={"PYTHONPATH": str(tmp_path)})
     _, err = job.communicate(timeout=120)

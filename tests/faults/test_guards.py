@@ -10,6 +10,7 @@ from cells import command, newest, run_all
 
 from phmdiff_fast.errors import PhmdiffError
 from phmdiff_fast.guards import LEAST, Spikes, fitting
+from phmdiff_fast.run_folder import read_log
 
 LONG = 64  # steps: more than the LEAST losses that a new one is compared with
 
@@ -57,10 +58,10 @@ def test_r1_the_weights_are_those_before_the_step(tiny_cohort, tmp_path, monkeyp
     """The update itself leaves everything as it is: so it is on a GPU, where the loss is looked at later."""
     from conftest import cli
 
-    from phmdiff_fast import train
+    from phmdiff_fast import trainer
 
     seen = []
-    real = train._Training.update
+    real = trainer.Trainer.update
 
     def update(self, terms, share):
         if self.step == 2:
@@ -74,7 +75,7 @@ def test_r1_the_weights_are_those_before_the_step(tiny_cohort, tmp_path, monkeyp
         seen.append((float(bad), same))
         return bad
 
-    monkeypatch.setattr(train._Training, "update", update)
+    monkeypatch.setattr(trainer.Trainer, "update", update)
     assert cli(*command(tiny_cohort, tmp_path / "run")) == 5
     assert seen == [(0, False), (0, False), (1, True)]
 
@@ -119,7 +120,7 @@ def test_r2_rollback_goes_back_and_leaves_that_step_out(zygote, tiny_cohort, tmp
     assert [child.status for child in ended] == [0] * world, ended[0].err
     assert "back to step 50" in ended[0].err
     assert newest(tmp_path / "run").manifest["spikes"]["left_out"] == [55]
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in read_log(tmp_path / "run" / "log.jsonl") if "checkpoint" not in record]
     assert steps == sorted(steps)
     run_all(zygote, long_command(tiny_cohort, tmp_path / "skip", "--on-spike", "skip"), world, "plain;jump:55")
     assert equal(tmp_path / "run", tmp_path / "skip")

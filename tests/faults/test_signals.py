@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import TINY, cli
 
-from phmdiff_fast import checkpoint, train
+from phmdiff_fast import checkpoint, trainer
 from phmdiff_fast.errors import PhmdiffError
 from phmdiff_fast.files import LOCK, locked
 from phmdiff_fast.signals import StopRequest, Terminated
@@ -28,14 +28,14 @@ def arguments(cohort, out, steps):
 
 def send(monkeypatch, at_step, *signals):
     """The signals arrive in the middle of a step: after its gradients, before its update."""
-    real, left = train.learning_rate, list(signals)
+    real, left = trainer.learning_rate, list(signals)
 
     def rate(config, step, share):
         while step == at_step and left:
             os.kill(os.getpid(), left.pop(0))
         return real(config, step, share)
 
-    monkeypatch.setattr(train, "learning_rate", rate)
+    monkeypatch.setattr(trainer, "learning_rate", rate)
 
 
 def weights(run):

@@ -1,0 +1,243 @@
+"""The state of a training and one step of it; ``train`` is the loop around it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import __version__, checkpoint
+from .augment import augment, manner
+from .cache import SliceCache, batch_rows
+from .config import Config
+from .device import autocast, pick_precision
+from .distributed import Alone
+from .ema import EMA
+from .errors import CHECKPOINT, DATA, NONFINITE, PhmdiffError
+from .files import remove_unfinished, write_json
+from .guards import ROLLBACKS, Spikes, fitting
+from .held_out import rows_of, spaced, subject_of
+from .loader import NAMES, Loader
+from .masking import level_complexity
+from .phmdiff import LossTerms, PHMDiff
+from .progress import say
+from .run_folder import Log, Status, begin, open_cache
+
+
+def learning_rate(config, step: int, share: float) -> float:
+    """Linear warm-up over ``warmup_steps``, then a cosine over the budget down to min_lr_ratio."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def measure_complexity(cache: SliceCache, rows: np.ndarray, levels: int) -> list[float]:
+    """c_n of III.B.1 over the training foreground (targets of at most 256 slices)."""
+    batch = cache.batch(spaced(rows, 256))
+    return level_complexity(torch.from_numpy(batch["target"]), torch.from_numpy(batch["foreground"]), levels)
+
+
+class Trainer:
+    """The state of a training, and its steps."""
+
+    def __init__(self, out: Path, config: Config, ranks: Alone, device: torch.device):
+        self.out, self.config, self.ranks, self.device = out, config, ranks, device
+        self.dtype = pick_precision(config.train.precision, device)
+        self.status = Status(out, ranks.rank, ranks.world)
+        self.step, self.before = 0, 0.0  # steps made; seconds trained before this start
+        self.written = -1  # the step of the last checkpoint
+        self.spikes = Spikes()
+        self.micro = config.train.micro_batch or config.train.batch_size // ranks.world
+
+    # --- set-up
+
+    def set_up(self, data_path, cohort, split, resumed: bool, progress: bool) -> dict:
+        """Cache, facts, model, optimizer and average; the folder is a run afterwards."""
+        config, tc, out = self.config, self.config.train, self.out
+        if self.ranks.first:
+            self.status.say("starting")
+            remove_unfinished(out)
+            checkpoint.remove_leftovers(out / "checkpoints")
+            cache = open_cache(out, cohort, config, split, progress)
+            rows = rows_of(cache, split["train"])
+            if len(rows) < tc.batch_size:
+                what = f"{len(rows)} training slices for a batch of {tc.batch_size}"
+                raise PhmdiffError("TOO_FEW_SLICES", what, "lower train.batch_size or add subjects", exit_code=DATA,
+                                   file=str(data_path))  # fmt: skip
+            facts = json.loads((out / "run.json").read_text()) if resumed else self._facts(cache, rows)
+            begin(out, config, split, facts)
+        self.ranks.max(0.0)  # the others wait until that is there
+        if not self.ranks.first:
+            split, facts = (json.loads((out / name).read_text()) for name in ("split.json", "run.json"))
+            cache = SliceCache.open(out / "cache", cohort, [*split["train"], *split["val"]], config.data)
+            self.status.say("starting")
+        torch.manual_seed(tc.seed)  # initial weights; all later randomness is counter-based
+        complexity = facts["complexity"]
+        self.model = PHMDiff(config.model, config.data.source_channels, 1, complexity).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=tc.lr, betas=tc.betas, weight_decay=tc.weight_decay, fused=True
+        )
+        self.ema = EMA(self.model, tc.ema)
+        self.how = manner(config.data)
+        self.cache, self.train_rows = cache, rows_of(cache, split["train"])
+        return split
+
+    def _facts(self, cache: SliceCache, rows: np.ndarray) -> dict:
+        config = self.config
+        complexity = measure_complexity(cache, rows, len(config.model.levels))
+        ratios = PHMDiff(config.model, config.data.source_channels, 1, complexity).ratios
+        return {
+            "version": __version__,
+            "sources": config.data.sources,
+            "target": config.data.target,
+            "units": cache.units(config.data.target),
+            "complexity": complexity,
+            "median_p995": cache.median_p995(config.data.target),
+            "slices": len(rows),
+            "mask_ratios": ratios,
+        }
+
+    def resume(self, which) -> None:
+        """Take the state of the checkpoint asked for, else of the newest that is whole; none: step 0."""
+        latest = self.newest(which)
+        if latest is None:
+            return
+        self.load(latest)
+        self.before = float(latest.manifest["seconds"])
+        if self.ranks.first:
+            folder = self.out / "checkpoints"
+            for moved in checkpoint.set_aside(folder, latest.step) if which is not None else ():
+                say(f"a later checkpoint is set aside as {moved}")
+            say(f"going on from step {self.step} of {self.out}")
+
+    def newest(self, which=None) -> checkpoint.Checkpoint | None:
+        """The checkpoint asked for, else the newest that is whole; the first process looks, all are told."""
+        text = ""
+        if self.ranks.first:
+            folder = self.out / "checkpoints"
+            if which is not None:
+                latest = checkpoint.named(folder, which)
+            else:
+                latest = checkpoint.newest(folder, warn=lambda line: say(f"{line} An older one is used."))
+            if latest is None and checkpoint.found(folder):
+                raise PhmdiffError("NO_CHECKPOINT", "holds no checkpoint that is whole",
+                                   "remove its checkpoints to begin again, or choose another --out",
+                                   exit_code=CHECKPOINT, file=self.out)  # fmt: skip
+            if latest is not None:
+                latest.refuse_other(self.config, self.model.state_dict())
+                text = json.dumps([str(latest.folder), latest.step, latest.manifest])
+        text = self.ranks.tell(text)
+        if not text:
+            return None
+        path, step, manifest = json.loads(text)
+        return checkpoint.Checkpoint(Path(path), step, manifest)
+
+    # --- state
+
+    def groups(self) -> checkpoint.Groups:
+        return {"model": self.model.state_dict(), "ema": self.ema.state_dict(),
+                "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model)}  # fmt: skip
+
+    def load(self, latest: checkpoint.Checkpoint) -> None:
+        self.model.load_state_dict(latest.tensors("model", self.device))
+        self.ema.load_state_dict(latest.tensors("ema", self.device))
+        checkpoint.load_optimizer(self.optimizer, self.model, latest.tensors("optimizer", self.device))
+        self.spikes.load(latest.manifest.get("spikes", {}))
+        self.step = self.written = latest.step
+
+    # --- a step
+
+    def rows_at(self, step: int) -> np.ndarray:
+        """This process' rows (B / world,) int64 of the batch of a step."""
+        tc = self.config.train
+        rows = batch_rows(len(self.train_rows), tc.batch_size, seed=tc.seed, step=step)
+        return self.train_rows[np.split(rows, self.ranks.world)[self.ranks.rank]]
+
+    def loss(self, batch, rows: np.ndarray, step: int, masked: bool) -> LossTerms:
+        tc, rng = self.config.train, (self.config.train.seed, step)
+        sample_ids = torch.from_numpy(rows).to(self.device)
+        sources, target, inside = (part.to(self.device) for part in batch)
+        sources, target, inside = augment(sources, target, sample_ids, rng, tc, foreground=inside, **self.how)
+        with autocast(self.device, self.dtype):
+            return self.model.loss(target, sources, sample_ids, rng, tc, masked=masked, foreground=inside)
+
+    def gradients(self, batch, rows: np.ndarray, step: int, masked: bool) -> LossTerms:
+        """Gradients of this process' share of a step, ``micro`` images at a time."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = []
+        for at in range(0, len(rows), self.micro):
+            here = slice(at, at + self.micro)
+            weight = len(rows[here]) / len(rows)
+            terms = self.loss([part[here] for part in batch], rows[here], step, masked)
+            (terms.total if weight == 1 else terms.total * weight).backward()
+            parts.append([value.detach() * weight for value in (terms.total, terms.denoise, terms.mmd, terms.vlb)])
+        return LossTerms(*(sum(values[1:], values[0]) for values in zip(*parts, strict=True)))
+
+    def find_micro_batch(self, loader: Loader) -> None:
+        """Fewer images at a time where a step of the unmasked stage, the largest, does not fit into the memory."""
+        rows, batch = self.rows_at(self.step), loader.batch(self.step)
+
+        def attempt(images: int) -> None:
+            self.micro = images
+            self.gradients(batch, rows, self.step, masked=False)
+
+        fits = fitting(attempt, self.micro)
+        self.micro = -int(self.ranks.max(-fits)[0])  # the smallest of all processes
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ranks.first and self.micro < len(rows):
+            say(f"{self.micro} of {len(rows)} images at a time fit into memory")
+
+    def update(self, terms: LossTerms, share: float) -> Tensor:
+        """Clip and step, unless a gradient is not finite; 1 where it was not, else 0."""
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.grad_clip)
+        bad = (~(torch.isfinite(norm) & torch.isfinite(terms.total))).float()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.train, self.step, share)
+        # The fused step leaves everything as it is where this is 1: no wait for the GPU is needed to be sure of it.
+        self.optimizer.found_inf = bad
+        self.optimizer.step()
+        self.ema.update(self.step)
+        return bad
+
+    def refuse_nonfinite(self, step: int, masked: bool) -> None:
+        """Find the slices whose loss is not finite, write down all that repeats the step, and raise NONFINITE."""
+        tc, ranks = self.config.train, self.ranks
+        everybody = self.train_rows[batch_rows(len(self.train_rows), tc.batch_size, seed=tc.seed, step=step)]
+        mine = self.rows_at(step)
+        wrong = np.zeros(len(everybody))
+        for i in range(len(mine)):
+            batch = [torch.from_numpy(self.cache.batch(mine[i : i + 1])[name]) for name in NAMES]
+            with torch.no_grad():
+                finite = math.isfinite(float(self.loss(batch, mine[i : i + 1], step, masked).total))
+            wrong[ranks.rank * len(mine) + i] = not finite
+        found = [int(row) for row, bad in zip(everybody, ranks.max(*wrong), strict=True) if bad]
+        file = self.out / f"nonfinite-{step:08d}.json"
+        if ranks.first:
+            facts = {"step": step, "rng": {"seed": tc.seed, "step": step}, "masked": masked, "processes": ranks.world,
+                     "slices": [{"slice": int(row), "subject": subject_of(self.cache, row)} for row in everybody],
+                     "loss_not_finite": found}  # fmt: skip
+            write_json(file, facts)
+        who = ", ".join(f"{row} of {subject_of(self.cache, row)!r}" for row in (found or everybody.tolist())[:8])
+        what = f"loss or gradient is not finite at step {step}, slices {who}; the weights are those before it"
+        raise PhmdiffError("NONFINITE", what, "look at these slices, or lower train.lr", exit_code=NONFINITE, file=file)
+
+    def go_back(self, log: Log | None, why: str) -> None:
+        """To the last checkpoint; the step that made it necessary is left out when it comes again."""
+        spikes = self.spikes
+        left_out, rollbacks = {*spikes.left_out, self.step}, spikes.rollbacks + 1
+        if rollbacks > ROLLBACKS:
+            raise PhmdiffError("LOSS_SPIKE", f"{why} at step {self.step}, after {ROLLBACKS} steps back",
+                               "lower train.lr, or look at the data", exit_code=NONFINITE)  # fmt: skip
+        latest = self.newest()
+        if latest is None:
+            spikes.left_out = left_out  # nothing to go back to: the step alone is left out
+            return
+        self.load(latest)
+        spikes.left_out, spikes.rollbacks = left_out, rollbacks
+        if log is not None:
+            log.go_back(self.step)
+            say(f"{why}: back to step {self.step}")
