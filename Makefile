@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo_out
 , := ,
 
-.PHONY: demo test bench mutants sanitize kernel-report gpu-check gpu-kernel-tests lint clean
+.PHONY: demo test bench mutants torture sanitize kernel-report gpu-check gpu-kernel-tests lint clean
 .DELETE_ON_ERROR:
 
 define install
@@ -46,6 +46,10 @@ bench: $(VENV)/.test
 # Do the tests of the kernels notice planted faults? Minutes; not part of `make test`.
 mutants: $(VENV)/.test
 	$(BIN)/python tests/mutants.py --jobs $(shell nproc)
+
+# The faults of docs/FAULTS.md, thousands of times, and a table. Minutes; a short form of each is in `make test`.
+torture: $(VENV)/.test
+	$(BIN)/python tests/faults/torture.py $(if $(TORTURE_JSON),--json $(TORTURE_JSON))
 
 # The extension's tests under AddressSanitizer and UBSan, in a build of its own. Minutes.
 SANITIZED := build/sanitize/lib/phmdiff_fast/_C.so

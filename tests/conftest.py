@@ -113,15 +113,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def tiny_cohort(tmp_path_factory) -> Path:
+def write_tiny_cohort(root: Path) -> Path:
     """Four people in BraTS 2021 layout, 20 x 24 x 9 voxels, stored L-P-S."""
-    root = tmp_path_factory.mktemp("cohort")
     affine = np.array([[-1.5, 0, 0, 12], [0, -1.5, 0, 9], [0, 0, 2.0, -4], [0, 0, 0, 1]])
     for i in range(4):
         for contrast, voxels in phantom(i).items():
             write_scan(root / f"p{i}" / f"p{i}_{contrast}.nii.gz", voxels, affine)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory) -> Path:
+    return write_tiny_cohort(tmp_path_factory.mktemp("cohort"))
 
 
 @pytest.fixture(scope="session")
