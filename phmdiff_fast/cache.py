@@ -14,27 +14,29 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from .config import DataConfig
-from .data import Cohort, Progress, load_subject
+from .data import Cohort, Progress, Seen, load_subject, seen_now
 from .errors import IO, PhmdiffError
+from .files import sync_folder
 from .grid import HU_CONTRASTS, InPlane, Scaling, fill_for, neighbours, scaling_for
 
 VERSION = 2
 SLICES, FOREGROUND, CONTEXT, INDEX = "slices.bin", "foreground.bin", "context.bin", "index.json"
-WITHOUT_EFFECT = {"skip_incomplete"}  # settings the cache does not depend on
+WITHOUT_EFFECT = {"skip_incomplete", "max_volume_gib"}  # settings the cache does not depend on
 
 
 class SliceCache:
-    """Slices of some subjects along the settings' axis, memory-mapped.
+    """Slices of some subjects along the settings' axis, read from disk as they are asked for.
 
     ``contrasts``: the sources and then the target; ``subjects``: ids in the order of their rows;
-    ``image_size``: S; ``len(cache)``: number of slices.
+    ``image_size``: S; ``len(cache)``: number of slices. Processes forked from this one may read from it too.
+    Raises PhmdiffError CACHE_CHANGED (exit 3) if its files are not those of the index.
     """
 
     def __init__(self, folder: Path, index: dict):
@@ -47,9 +49,12 @@ class SliceCache:
         }
         shapes = _shapes(index)
         count = shapes[FOREGROUND][0]
-        self._slices = np.memmap(folder / SLICES, "<f4", "r", shape=shapes[SLICES])
-        self._foreground = np.memmap(folder / FOREGROUND, "u1", "r", shape=shapes[FOREGROUND])
-        self._context = np.fromfile(folder / CONTEXT, "<i4").reshape(shapes[CONTEXT]).astype(np.int64)
+        self._count = count
+        self._slices = _File(self.folder / SLICES, math.prod(shapes[SLICES]) * 4)
+        self._foreground = _File(self.folder / FOREGROUND, math.prod(shapes[FOREGROUND]))
+        context = np.empty(shapes[CONTEXT], "<i4")
+        _File(self.folder / CONTEXT, context.nbytes).read_rows(np.zeros((1, 1), np.int64), context)
+        self._context = context.astype(np.int64)
         self._lo, self._gain = (np.empty((count, len(names), 1, 1), np.float32) for _ in range(2))
         for subject, rows in self._rows.items():
             scalings = self._scaling[subject].values()
@@ -57,7 +62,7 @@ class SliceCache:
             self._gain[rows.start : rows.stop, :, 0, 0] = [scaling.gain for scaling in scalings]
 
     def __len__(self) -> int:
-        return len(self._foreground)
+        return self._count
 
     def rows_of(self, subject: str) -> np.ndarray:
         """The rows of one subject, int64, from its lowest kept slice upwards. Raises KeyError if it is not here."""
@@ -79,28 +84,37 @@ class SliceCache:
     def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """Rows (B,) int64 -> ``sources`` (B, Cs*(2k+1), S, S), ordered as by ``stack_context``, and ``target``
         (B, 1, S, S), both float32, scaled by each scan's own scaling and clipped to [-1, 1], and
-        ``foreground`` (B, 1, S, S) bool."""
+        ``foreground`` (B, 1, S, S) bool.
+
+        Raises PhmdiffError CACHE_CHANGED (exit 3) once a file of the cache is cut, deleted or replaced.
+        """
         rows = np.asarray(rows, np.int64)
-        at, size = self._context[rows], self.image_size  # (B, 2k+1)
-        channels = np.arange(len(self.contrasts) - 1)[:, None]
-        sources = self._slices[at[:, None], channels]  # (B, Cs, 2k+1, S, S)
-        target = self._slices[at[:, at.shape[1] // 2], -1:]  # (B, 1, S, S)
+        at, middle, size = self._context[rows], self._context.shape[1] // 2, self.image_size  # at: (B, 2k+1)
+        foreground = np.empty((len(rows), 1, size, size), "u1")
+        images = np.empty((*at.shape, len(self.contrasts), size, size), "<f4")
+        self._foreground.read_rows((rows % self._count)[:, None], foreground)
+        self._slices.read_rows(at, images)
         lo, gain = self._lo[rows], self._gain[rows]
+        sources = _scaled(images[:, :, :-1].swapaxes(1, 2), lo[:, :-1, None], gain[:, :-1, None])
+        target = _scaled(images[:, middle, -1:], lo[:, -1:], gain[:, -1:])
+        channels = sources.shape[1] * sources.shape[2]
         return {
-            "sources": _scaled(sources, lo[:, :-1, None], gain[:, :-1, None]).reshape(len(rows), -1, size, size),
-            "target": _scaled(target, lo[:, -1:], gain[:, -1:]),
-            "foreground": self._foreground[rows][:, None] > 0,
+            "sources": sources.reshape(len(rows), channels, size, size),
+            "target": target,
+            "foreground": foreground > 0,
         }
 
     @classmethod
     def build(
         cls, folder: str | Path, cohort: Cohort, subjects: Iterable[str], data_config: DataConfig, *,
-        progress: Progress | None = None,
+        seen: dict[Path, Seen] | None = None, progress: Progress | None = None,
     ) -> SliceCache:  # fmt: skip
         """Read the subjects one after the other and write the cache, replacing one that is there.
 
-        Raises PhmdiffError: what ``load_subject`` and ``fit_scaling`` raise (exit 3), NO_SLICES if no
-        slice has ``min_foreground`` (exit 3), CACHE_WRITE (exit 74). Then nothing half-written stays.
+        seen : the ``CheckReport.seen`` of a check; a file that has changed since is refused
+        Raises PhmdiffError: what ``load_subject`` and ``fit_scaling`` raise (exit 3), FILE_CHANGED (exit 3),
+        NO_SLICES if no slice has ``min_foreground`` (exit 3), CACHE_WRITE (exit 74). Then nothing
+        half-written stays.
         """
         folder, subjects = Path(folder), list(subjects)
         contrasts = [*data_config.sources, data_config.target]
@@ -108,7 +122,7 @@ class SliceCache:
         rows = stored = 0
         with _new_files(folder) as (slices, foreground, context, index_file):
             for done, subject in enumerate(subjects, 1):
-                entry, images, inside, near = _prepare(cohort, subject, contrasts, data_config)
+                entry, images, inside, near = _prepare(cohort, subject, contrasts, data_config, seen or {})
                 slices.write(images.tobytes())
                 foreground.write(inside.tobytes())
                 context.write((stored + near).astype("<i4").tobytes())
@@ -156,15 +170,73 @@ class SliceCache:
             return cls.build(folder, cohort, subjects, data_config, progress=progress), problem.what
 
 
-def _prepare(cohort: Cohort, subject_id: str, contrasts: list[str], data_config: DataConfig):
+class _File:
+    """A file of a cache, open for reading until this object goes; ``size`` is what it must hold, bytes.
+
+    It is read by position, so that processes that share it do not disturb each other, and not memory-mapped:
+    a mapped file that somebody cuts ends the whole process (SIGBUS).
+    """
+
+    def __init__(self, path: Path, size: int):
+        self.path, self.size, self._handle = path, size, -1
+        try:
+            self._handle = os.open(path, os.O_RDONLY)
+        except OSError as problem:
+            raise self._changed(f"cannot be read ({problem.strerror})") from None
+        self.check()
+
+    def __del__(self):
+        if self._handle >= 0:
+            os.close(self._handle)
+
+    def check(self) -> None:
+        """Raise CACHE_CHANGED if the file was cut, deleted or replaced since it was opened."""
+        facts = os.fstat(self._handle)
+        if facts.st_nlink == 0:
+            raise self._changed("was deleted or replaced while it is in use")
+        if facts.st_size != self.size:
+            raise self._changed(f"has {facts.st_size} of its {self.size} bytes")
+
+    def read_rows(self, rows: np.ndarray, into: np.ndarray) -> None:
+        """Rows (B, n) of the file into ``into`` (B, n, ...), as long as a row; one call for those side by side."""
+        self.check()
+        row_bytes = into.nbytes // max(rows.size, 1)
+        view, done = memoryview(into).cast("B") if rows.size else b"", 0
+        for near in rows.tolist():
+            first = 0
+            for j, row in enumerate(near, 1):
+                if j < len(near) and near[j] == row + 1:
+                    continue
+                end = done + (j - first) * row_bytes
+                try:
+                    had = os.preadv(self._handle, [view[done:end]], near[first] * row_bytes)
+                except OSError as problem:
+                    raise self._changed(f"cannot be read ({problem.strerror})") from None
+                if had != end - done:
+                    raise self._changed(f"gave {had} of {end - done} bytes at {near[first] * row_bytes}")
+                first, done = j, end
+
+    def _changed(self, what: str) -> PhmdiffError:
+        return PhmdiffError("CACHE_CHANGED", f"belongs to the slice cache and {what}",
+                            "start again: the cache is then built anew", file=self.path)  # fmt: skip
+
+
+def _prepare(
+    cohort: Cohort, subject_id: str, contrasts: list[str], data_config: DataConfig, seen: dict[Path, Seen]
+):  # fmt: skip
     """The index entry of a subject, its stored slices (m, contrasts, S, S) float32, the kept ones' foreground
     (n, S, S) uint8, and where among the stored a kept one and its neighbours are (n, 2k+1)."""
     files = cohort.files[subject_id]
     used = [*contrasts, "mask"] if "mask" in files else contrasts
     first = data_config.sources[0]
-    # Taken before reading: a file that changes in between is then seen as changed at the next opening.
     facts = {name: _file_facts(files[name], subject_id, name) for name in used if name in files}
-    subject = load_subject(cohort, subject_id, contrasts, foreground_from=first, with_seg=False)
+    subject = load_subject(cohort, subject_id, contrasts, foreground_from=first, with_seg=False,
+                           nan=data_config.nan, max_gib=data_config.max_volume_gib)  # fmt: skip
+    for name, fact in facts.items():
+        before = fact["size"], fact["mtime_ns"]
+        if not seen.get(files[name], before) == before == seen_now(files[name]):
+            raise PhmdiffError("FILE_CHANGED", "has changed since it was checked", "start again once it is whole",
+                               subject=subject_id, contrast=name, file=files[name])  # fmt: skip
     plane = InPlane.of(subject.foreground.shape, data_config)
     inside = plane.to_grid(subject.foreground, 0) >= 0.5
     kept = np.flatnonzero(inside.mean(axis=(1, 2)) >= data_config.min_foreground)
@@ -186,11 +258,11 @@ def _prepare(cohort: Cohort, subject_id: str, contrasts: list[str], data_config:
 
 
 def _scaled(images: np.ndarray, lo: np.ndarray, gain: np.ndarray) -> np.ndarray:
-    """Intensities -> [-1, 1], in place; as ``Scaling.forward``."""
-    images -= lo
-    images *= gain
-    images -= np.float32(1)
-    return np.clip(images, -1, 1, out=images)
+    """Intensities -> [-1, 1], contiguous; as ``Scaling.forward``."""
+    out = np.subtract(images, lo, out=np.empty(images.shape, np.float32))
+    out *= gain
+    out -= np.float32(1)
+    return np.clip(out, -1, 1, out=out)
 
 
 def _shapes(index: dict) -> dict[str, tuple[int, ...]]:
@@ -218,18 +290,21 @@ def _new_files(folder: Path):
                 os.fsync(file.fileno())
         # From here until the last rename there is no index, so no cache that could be taken for whole.
         (folder / INDEX).unlink(missing_ok=True)
+        sync_folder(folder)
         for path, final in temporary.items():
             os.replace(path, final)
+        sync_folder(folder)
     except OSError as problem:
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         raise PhmdiffError("CACHE_WRITE", f"the slice cache cannot be written ({problem.strerror}; {free} bytes free)",
                            "make room or choose another folder", exit_code=IO, file=folder) from None  # fmt: skip
     finally:
         if folder.is_dir():
-            for path in temporary:
-                path.unlink(missing_ok=True)
-            if made and not any(folder.iterdir()):
-                folder.rmdir()
+            with suppress(OSError):  # a disk that refuses this as well must not hide what went wrong first
+                for path in temporary:
+                    path.unlink(missing_ok=True)
+                if made and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def _settings(data_config: DataConfig) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from nibabel.orientations import aff2axcodes
 
-from .data import Progress, check_grid, known, missing, spacing
+from .data import Progress, Seen, check_grid, known, missing, seen_now, spacing
 from .errors import PhmdiffError
 from .grid import BODY_HU, HU_CONTRASTS, foreground_mask
 from .layouts import CONTRASTS, LABELS, Cohort
@@ -22,12 +22,14 @@ from .views import Shown, View
 @dataclass
 class CheckReport:
     """``rows``: one dict a readable file; ``problems``: everything that must be mended; ``notes``: what to know;
-    ``views``: subject -> contrast -> View, where views were asked for."""
+    ``views``: subject -> contrast -> View, where views were asked for; ``seen``: each file's size and time before
+    it was read, for ``SliceCache.build``."""
 
     rows: list[dict]
     problems: list[PhmdiffError]
     notes: list[str]
     views: dict[str, dict[str, View]] = field(default_factory=dict)
+    seen: dict[Path, Seen | None] = field(default_factory=dict)
 
     def table(self) -> str:
         """The rows as aligned text, a line a file."""
@@ -46,6 +48,8 @@ def check_cohort(
     *,
     contrasts: Iterable[str] | None = None,
     subjects: Iterable[str] | None = None,
+    nan: str = "raise",
+    max_gib: float = 2.0,
     views: bool = False,
     progress: Progress | None = None,
 ) -> CheckReport:
@@ -53,6 +57,7 @@ def check_cohort(
 
     rows : subject, contrast, shape (file's own order), spacing (mm), orientation (axis codes),
         min, max, foreground (share of the voxels)
+    nan, max_gib : as of ``nifti.read_volume``; voxels that were set to 0 are a note
     views : also make a View of every scan that can be read, one slice for all of a subject: that with
         the most foreground in its first contrast. Only these small pictures are kept.
     Without ``contrasts``, one that only some subjects have is a note; so is a CT that looks as if its
@@ -70,7 +75,7 @@ def check_cohort(
             if gap := missing(cohort, subject, contrasts):
                 report.problems.append(gap)
             files = {name: path for name, path in files.items() if name in contrasts or name in LABELS}
-        prints += _check_subject(subject, files, report, views)
+        prints += _check_subject(subject, files, report, views, {"nan": nan, "max_gib": max_gib})
         if progress:
             progress(done, len(ids), subject)
     report.problems.extend(_leaks(prints, cohort))
@@ -82,7 +87,7 @@ def check_cohort(
     return report
 
 
-def _check_subject(subject: str, files: dict[str, Path], report: CheckReport, views: bool) -> list[tuple]:
+def _check_subject(subject: str, files: dict[str, Path], report: CheckReport, views: bool, how: dict) -> list[tuple]:
     """Add a subject's rows, problems, notes and views; (subject, contrast, fingerprint) of its images."""
     first: tuple[str, Volume] | None = None
     mask: Volume | None = None
@@ -91,8 +96,9 @@ def _check_subject(subject: str, files: dict[str, Path], report: CheckReport, vi
     # The mask comes first, as it gives the foreground; the other labels last, as an image chooses the slice.
     for contrast in sorted(files, key=lambda name: (name != "mask", name in LABELS)):
         volume = None
+        report.seen[files[contrast]] = seen_now(files[contrast])
         try:
-            volume = read_scan(files[contrast], allow_constant=contrast in LABELS)
+            volume = read_scan(files[contrast], allow_constant=contrast in LABELS, **how)
             if first is None:
                 first = contrast, volume
             check_grid(first[1], volume, subject, first[0], contrast)
@@ -121,6 +127,8 @@ def _check_subject(subject: str, files: dict[str, Path], report: CheckReport, vi
             "foreground": float(foreground.mean()),
         }  # fmt: skip
         rows.append(row)
+        if volume.zeroed:
+            report.notes.append(f"{subject}/{contrast}: {volume.zeroed} NaN or Inf voxels are taken as 0")
         if contrast in HU_CONTRASTS and (row["min"] > BODY_HU or row["max"] - row["min"] < 50):
             report.notes.append(f"{subject}/{contrast} runs from {row['min']:g} to {row['max']:g}, which does not look "
                                 "like HU (air is -1000), but is scaled and outlined as HU")  # fmt: skip

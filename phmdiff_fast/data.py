@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +25,7 @@ __all__ = [
 ]  # fmt: skip
 
 Progress = Callable[[int, int, str], None]  # (subjects done, subjects in all, the one just done)
+Seen = tuple[int, int]  # a file's size in bytes and its time in ns, by which a later change is noticed
 
 
 @dataclass
@@ -55,8 +58,11 @@ def load_subject(
     with_seg: bool = True,
     nan: str = "raise",
     allow_constant: bool = False,
+    max_gib: float = 2.0,
 ) -> Subject:
     """Read the ``contrasts`` of one subject, and its mask and seg where it has them.
+
+    nan, allow_constant, max_gib : as of ``nifti.read_volume``; labels may be constant in any case
 
     The foreground is the mask's, else that of ``images[foreground_from]`` (body in a CT or CBCT). At
     test time only sources exist: name the first source in training too, so that both see the same.
@@ -75,7 +81,8 @@ def load_subject(
 
     def read(contrast: str) -> Volume:
         try:
-            volume = read_scan(files[contrast], nan=nan, allow_constant=allow_constant or contrast in LABELS)
+            volume = read_scan(files[contrast], nan=nan, allow_constant=allow_constant or contrast in LABELS,
+                               max_gib=max_gib)  # fmt: skip
         except PhmdiffError as problem:
             raise problem.located(subject=subject_id, contrast=contrast) from None
         return volume
@@ -97,7 +104,7 @@ def subject_of(subject_id: str, volumes: dict[str, Volume], *, foreground_from: 
     except PhmdiffError as problem:
         raise problem.located(subject=subject_id, contrast="mask", file=mask and mask.path) from None
     images = {name: volume.voxels for name, volume in volumes.items() if name not in LABELS}
-    labels = None if seg is None else np.rint(seg.voxels).astype(np.int16)
+    labels = None if seg is None else np.rint(seg.voxels.clip(-32768, 32767)).astype(np.int16)
     return Subject(subject_id, images, first.affine, first.grid, foreground, labels, mask is not None)
 
 
@@ -125,6 +132,15 @@ def check_grid(first: Volume, other: Volume, subject: str, first_name: str, name
         what = f"lies up to {gap:.4g} mm off {first_name}: {b}, but {first_name} has {a}"
     raise PhmdiffError("GRID_MISMATCH", what, "resample one onto the grid of the other",
                        subject=subject, contrast=name, file=other.path)  # fmt: skip
+
+
+def seen_now(path: Path) -> Seen | None:
+    """A file's size and time as they are now; None where there is none."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return facts.st_size, facts.st_mtime_ns
 
 
 def spacing(affine: np.ndarray) -> tuple[float, ...]:

@@ -44,10 +44,16 @@ class Evaluation:
     unet_steps: int | None
 
 
-def load_case(run: Run, cohort: Cohort, subject_id: str) -> Case:
-    """Read one person; every contrast scaled as in training: MR by its own percentiles, CT by the HU window."""
+def load_case(
+    run: Run, cohort: Cohort, subject_id: str, *, nan: str | None = None, max_gib: float | None = None
+) -> Case:  # fmt: skip
+    """Read one person; every contrast scaled as in training: MR by its own percentiles, CT by the HU window.
+
+    ``nan`` and ``max_gib`` as of ``Run.translate``.
+    """
     contrasts = [*run.sources, run.target]
-    subject = load_subject(cohort, subject_id, contrasts, foreground_from=run.sources[0], with_seg=False)
+    subject = load_subject(cohort, subject_id, contrasts, foreground_from=run.sources[0], with_seg=False,
+                           **run.reading(nan, max_gib))  # fmt: skip
     plane = in_plane(run, subject)
     target = scaled_slices(run, subject, run.target, plane)
     return Case(subject_id, source_slices(run, subject, plane), target, foreground_slices(subject.foreground, plane))
@@ -95,11 +101,13 @@ def in_units(run: Run, scores: dict[str, float]) -> dict[str, float]:
 
 def evaluate(
     run: Run, data_path, settings: SampleConfig, *, protocols: tuple[str, ...] = ("phmdiff-slice", "brain"),
-    part: str = "test", baselines: bool = False, progress=None, keep_images: bool = False,
+    part: str = "test", nan: str | None = None, max_gib: float | None = None, baselines: bool = False, progress=None,
+    keep_images: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Score a run on its test people, at the run's image size.
 
     baselines : also fit a lookup table and train a U-Net with L1 for the wall-clock the model had
+    nan, max_gib : how the scans of these people are read, as of ``Run.translate``
     part : which list of the run's split; progress(share) hears of the U-Net's training
     Raises PhmdiffError (2 unknown protocol, 3 data). A person that fails stops the evaluation:
     nobody is averaged away.
@@ -113,7 +121,7 @@ def evaluate(
     problems, cases = [], []
     for subject in subjects:
         try:
-            cases.append(load_case(run, cohort, subject))
+            cases.append(load_case(run, cohort, subject, nan=nan, max_gib=max_gib))
         except PhmdiffError as problem:
             problems.append(problem)
     if problems:

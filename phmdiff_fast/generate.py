@@ -56,18 +56,26 @@ class Run:
         given = {key: value for key, value in over.items() if value is not None}
         return build_config("xs", {"sample": {**self.config.sample.model_dump(), **given}}).sample
 
-    def translate(self, images: dict, *, progress=None, **settings):
+    def reading(self, nan: str | None = None, max_gib: float | None = None) -> dict:
+        """How scans are read (``nan`` and ``max_gib`` of ``nifti.read_volume``): as given, else as in training."""
+        data = self.config.data
+        return {"nan": nan or data.nan, "max_gib": data.max_volume_gib if max_gib is None else max_gib}
+
+    def translate(self, images: dict, *, nan: str | None = None, max_gib: float | None = None, progress=None,
+                  **settings):  # fmt: skip
         """Synthesize the target of one subject: ``run.translate({"t1": "p1_t1.nii.gz"})``.
 
         images : contrast -> path of a scan, or a nibabel image; every source of the run, and ``"mask"`` if
             there is one
+        nan : "raise" refuses NaN and Inf voxels, "zero" sets them to 0; max_gib : the largest scan that is
+            read, counted as float32; both as in training where they are not given
         settings : ``steps``, ``sampler``, ``seed``, ``batch_size``, laid over the run's own
         Returns a nibabel Nifti1Image, float32, on the grid and affine of the first source: HU for CT, else
         arbitrary units. ``progress(slices)`` is called after each batch. Raises PhmdiffError (2 a contrast
         that is not a source or a bad setting, 3 data).
         """
         asked = self.sample_settings(**settings)
-        subject = _subject_of(self, images)
+        subject = _subject_of(self, images, self.reading(nan, max_gib))
         volume = synthesize(self, subject, asked, progress=progress)
         return to_image(volume, subject.grid)
 
@@ -167,16 +175,16 @@ def in_own_units(run: Run, volume: np.ndarray, subject: Subject) -> np.ndarray:
     return (unit.clip(0, 1) * run.facts["median_p995"]).astype(np.float32)
 
 
-def _subject_of(run: Run, images: dict) -> Subject:
+def _subject_of(run: Run, images: dict, how: dict) -> Subject:
     unknown = [name for name in images if name not in (*run.sources, "mask")]
     missing = [name for name in run.sources if name not in images]
     if unknown or missing:
         what = f"got {', '.join(map(repr, images)) or 'nothing'}; this run needs {', '.join(map(repr, run.sources))}"
         raise PhmdiffError("WRONG_CONTRAST", what, "give each source once", exit_code=USAGE)
     volumes = {
-        name: image_volume(image, name)
+        name: image_volume(image, name, allow_constant=name == "mask", **how)
         if hasattr(image, "dataobj")
-        else read_scan(image, allow_constant=name == "mask")
+        else read_scan(image, allow_constant=name == "mask", **how)
         for name, image in images.items()
     }
     return subject_of(Path(volumes[run.sources[0]].path).name, volumes, foreground_from=run.sources[0])
@@ -205,13 +213,16 @@ def _inputs(run: Run, inputs: list[Path]) -> Cohort:
     return Cohort(Path(os.path.commonpath([p.absolute() for p in inputs])), "inputs", files)
 
 
-def sample(run: Run, inputs, out, settings: SampleConfig, *, overwrite: bool = False, progress=None) -> list[Path]:
+def sample(
+    run: Run, inputs, out, settings: SampleConfig, *, nan: str | None = None, max_gib: float | None = None,
+    overwrite: bool = False, progress=None,
+) -> list[Path]:  # fmt: skip
     """Write ``<subject>_<target>_syn.nii.gz`` and a JSON sidecar for every subject of ``inputs``.
 
     The volume lies on the input's own grid, with its affine. Missing contrasts and existing outputs
-    are refused before anything is written. ``progress(subject, done, total)`` is called after each
-    subject. Returns the volumes' paths. Raises PhmdiffError (2 usage and existing output, 3 data,
-    74 disk).
+    are refused before anything is written. ``nan`` and ``max_gib`` as of ``Run.translate``.
+    ``progress(subject, done, total)`` is called after each subject. Returns the volumes' paths. Raises
+    PhmdiffError (2 usage and existing output, 3 data, 74 disk).
     """
     out = Path(out)
     cohort = _inputs(run, [Path(p) for p in inputs])
@@ -230,7 +241,7 @@ def sample(run: Run, inputs, out, settings: SampleConfig, *, overwrite: bool = F
     digest = run.found.manifest["files"]["ema.safetensors"]
     for done, (subject_id, path) in enumerate(names.items(), 1):
         subject = load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False,
-                               allow_constant=True)  # fmt: skip
+                               allow_constant=True, **run.reading(nan, max_gib))  # fmt: skip
         empty = [c for c in run.sources if subject.images[c].min() == subject.images[c].max()]
         if empty:
             air = run.config.data.hu_window[0] if run.units == "HU" else 0.0

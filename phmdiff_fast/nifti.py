@@ -32,6 +32,10 @@ DATA_OFFSET = 352  # header and the four extension bytes
 MAX_OFFSET = 64 << 20  # the largest block of extensions that is skipped
 CHUNK = 1 << 20
 DEFLATE_RATIO = 1032  # deflate never packs better than this
+MAX_REST = 64 << 20  # unpacked bytes that may follow the voxels
+SLACK = 1 << 20  # bytes by which a packed file may be larger than what it claims to hold
+MAX_GIB = 1 << 20
+LARGEST = 1e18  # voxels beyond count as Inf: sums and squares of such volumes leave float32
 SIZEOF_HDR = {b"\x5c\x01\x00\x00": "<", b"\x00\x00\x01\x5c": ">"}  # the number 348 in either byte order
 DTYPES = {2: "uint8", 4: "int16", 8: "int32", 16: "float32", 64: "float64",
           256: "int8", 512: "uint16", 768: "uint32", 1024: "int64", 1280: "uint64"}  # fmt: skip
@@ -52,12 +56,14 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """``voxels`` (X, Y, Z) float32 in RAS, their ``affine`` (4, 4) in mm, the file's own ``grid`` and ``path``."""
+    """``voxels`` (X, Y, Z) float32 in RAS, their ``affine`` (4, 4) in mm, the file's own ``grid`` and ``path``;
+    ``zeroed``: how many voxels were NaN or Inf and are 0 now."""
 
     voxels: np.ndarray
     affine: np.ndarray
     grid: Grid
     path: Path
+    zeroed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,20 +98,19 @@ def read_volume(path: str | Path, *, nan: str = "raise", allow_constant: bool = 
     Raises PhmdiffError (exit 3) with one of the codes above; memory is taken only after the size
     the header claims has passed ``max_gib`` and what the file's own size can hold.
     """
-    if nan not in ("raise", "zero"):
-        raise ValueError(f"nan must be 'raise' or 'zero', not {nan!r}")
     with opened(path) as (stream, size, zipped):
-        header = _read_header(stream, path)
-        check_size(header, size, zipped, int(max_gib * 2**30), path)
-        skip = header.offset - HEADER_BYTES
+        header, cap = _read_header(stream, path), cap_bytes(max_gib)
+        check_size(header, size, zipped, cap, path)
+        skip, piece = header.offset - HEADER_BYTES, bytearray(CHUNK)
+        while skip and (skipped := fill(stream, memoryview(piece)[: min(skip, CHUNK)], path)[0]):
+            skip -= skipped
         data = bytearray(header.data_bytes)
-        skipped, _ = fill(stream, bytearray(skip), path)
-        had = fill(stream, data, path)[0] if skipped == skip else 0
+        had = fill(stream, data, path)[0] if not skip else 0
         if had < len(data):
             raise bad(path, "NII_TRUNC", f"holds {had} of the {len(data)} voxel bytes its header promises",
                        "copy or download it again")  # fmt: skip
         if zipped:
-            _finish_gzip(stream, int(max_gib * 2**30), path)
+            _finish_gzip(stream, min(cap, MAX_REST), path)
     return volume_of(header, data, path, nan=nan, allow_constant=allow_constant)
 
 
@@ -114,30 +119,33 @@ def volume_of(header: Header, data: bytearray, path, *, nan: str, allow_constant
     raw = np.frombuffer(data, header.dtype).reshape(header.grid.shape, order="F")
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found as non-finite below
         voxels = apply_read_scaling(raw, header.slope, header.inter).astype(np.float32, copy=False)
-    voxels = _check_voxels(voxels, nan, allow_constant, path)
-    turn = io_orientation(header.grid.affine)
-    return Volume(
-        voxels=np.ascontiguousarray(apply_orientation(voxels, turn)),
-        affine=header.grid.affine @ inv_ornt_aff(turn, header.grid.shape),
-        grid=header.grid,
-        path=Path(path),
-    )
+    return _turned(voxels, header.grid, path, nan, allow_constant)
 
 
-def image_volume(image, name: str, *, nan: str = "raise", allow_constant: bool = False) -> Volume:
+def image_volume(
+    image, name: str, *, nan: str = "raise", allow_constant: bool = False, max_gib: float = 2.0
+) -> Volume:  # fmt: skip
     """A nibabel image in memory as ``read_volume`` gives a file; ``name`` stands for it in errors.
 
-    Raises PhmdiffError (exit 3): NII_4D, NII_AFFINE, NII_NONFINITE, NII_CONSTANT.
+    Raises PhmdiffError (exit 3): NII_4D, NII_AFFINE, NII_TOO_BIG, NII_NONFINITE, NII_CONSTANT.
     """
     shape = tuple(int(size) for size in image.shape)
     if len(shape) != 3:
         raise bad(name, "NII_4D", f"has {len(shape)} dimensions {shape}", "give one 3D volume")
     affine = np.eye(4) if image.affine is None else np.asarray(image.affine, np.float32).astype(np.float64)
     check_affine(affine, np.linalg.norm(affine[:3, :3], axis=0), name)
-    voxels = _check_voxels(np.asarray(image.dataobj).astype(np.float32), nan, allow_constant, name)
-    turn = io_orientation(affine)
+    check_cap(shape, cap_bytes(max_gib), name)  # its voxels may still lie in a file
+    with np.errstate(over="ignore", invalid="ignore"):
+        voxels = np.asarray(image.dataobj).astype(np.float32)
+    return _turned(voxels, Grid(shape, affine), name, nan, allow_constant)
+
+
+def _turned(voxels: np.ndarray, grid: Grid, path, nan: str, allow_constant: bool) -> Volume:
+    """Voxels in the order of ``grid``, checked and turned to RAS."""
+    voxels, zeroed = _check_voxels(voxels, nan, allow_constant, path)
+    turn = io_orientation(grid.affine)
     turned = np.ascontiguousarray(apply_orientation(voxels, turn))
-    return Volume(turned, affine @ inv_ornt_aff(turn, shape), Grid(shape, affine), Path(name))
+    return Volume(turned, grid.affine @ inv_ornt_aff(turn, grid.shape), grid, Path(path), zeroed)
 
 
 def to_image(voxels_ras: np.ndarray, grid: Grid, *, descrip: str = "SYNTHETIC phmdiff-fast") -> nib.Nifti1Image:
@@ -197,15 +205,20 @@ def bad(path, code: str, what: str, cure: str) -> PhmdiffError:
 @contextmanager
 def opened(path) -> Iterator[tuple]:
     """(stream of decoded bytes, size of the file in bytes, whether it is gzip). Raises NOT_A_FILE, UNREADABLE."""
+    handle = None
     try:
-        # O_NONBLOCK: opening a FIFO without a writer would wait for ever.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError as problem:
+        # Looked at before it is opened: opening a device can do things. O_NONBLOCK all the same, as it may
+        # have changed in between, and opening a FIFO without a writer would wait for ever.
+        if stat.S_ISREG(os.stat(path).st_mode):
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as problem:  # ValueError: a zero byte in the name
+        problem = problem if isinstance(problem, OSError) else OSError(errno.EINVAL, str(problem))
         if problem.errno in (errno.ELOOP, errno.ENXIO):  # a loop of links; a socket
             raise bad(path, "NOT_A_FILE", f"is no regular file ({problem.strerror})", GIVE_A_FILE) from None
         raise bad(path, "UNREADABLE", f"cannot be read ({problem.strerror})", "check path and permissions") from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
+    if handle is None or not stat.S_ISREG(os.fstat(handle).st_mode):
+        if handle is not None:
+            os.close(handle)
         raise bad(path, "NOT_A_FILE", "is no regular file (folder, pipe or device)", GIVE_A_FILE)
     with os.fdopen(handle, "rb") as file:
         size = os.fstat(handle).st_size
@@ -225,7 +238,7 @@ def decoding(path):
         raise bad(path, "UNREADABLE", f"cannot be read ({problem.strerror})", "check the disk") from None
 
 
-def fill(stream, buffer: bytearray, path) -> tuple[int, bool]:
+def fill(stream, buffer: bytearray | memoryview, path) -> tuple[int, bool]:
     """Read until ``buffer`` is full or the data end; the bytes read, and whether a gzip stream broke off."""
     view, done = memoryview(buffer), 0
     with decoding(path):
@@ -241,15 +254,15 @@ def fill(stream, buffer: bytearray, path) -> tuple[int, bool]:
     return done, False
 
 
-def _finish_gzip(stream, cap: int, path) -> None:
+def _finish_gzip(stream, most: int, path) -> None:
     """Decode what is left: only then has gzip compared its checksum."""
     rest = 0
     with decoding(path):
         try:
             while count := len(stream.read1(CHUNK)):
                 rest += count
-                if rest > cap:
-                    raise bad(path, "NII_TOO_BIG", f"more than {cap} bytes follow the voxels", "write it anew")
+                if rest > most:
+                    raise bad(path, "NII_TOO_BIG", f"more than {most} bytes follow the voxels", "write it anew")
         except EOFError:
             raise bad_packing(path, "the gzip stream has no end") from None
 
@@ -311,7 +324,8 @@ def _affine(header, path) -> np.ndarray:
     """The header's voxel -> mm matrix, rounded to float32 (a quaternion's is no float32 number by itself)."""
     spacing = header["pixdim"][1:4]
     try:
-        affine = header.get_best_affine().astype(np.float32).astype(np.float64)
+        with np.errstate(all="ignore"):  # a signalling NaN; what is not finite is found below
+            affine = header.get_best_affine().astype(np.float32).astype(np.float64)
     except (HeaderDataError, ValueError) as problem:  # a quaternion that is none
         raise bad(path, "NII_AFFINE", f"has no usable orientation ({problem})", "write its header anew") from None
     check_affine(affine, spacing, path)
@@ -326,35 +340,57 @@ def check_affine(affine: np.ndarray, spacing: np.ndarray, path) -> None:
         raise bad(path, "NII_AFFINE", f"has the voxel size {spacing.tolist()}", "write its header anew")
     length = np.linalg.norm(affine[:3, :3], axis=0)
     if not (length > 0).all() or abs(np.linalg.det(affine[:3, :3] / length)) < 1e-4:
-        raise bad(path, "NII_AFFINE", f"has a singular affine {affine[:3].tolist()}", "write its header anew")
+        rows = [[float(f"{value:.4g}") for value in row] for row in affine[:3]]
+        raise bad(path, "NII_AFFINE", f"has a singular affine {rows}", "write its header anew")
 
 
 def check_size(header: Header, size: int, zipped: bool, cap: int, path) -> None:
     """Compare what the header claims with the cap and the file's own size, before memory is taken."""
     needed = header.data_bytes
-    as_float32 = needed // header.dtype.itemsize * 4
-    if as_float32 > cap:
-        raise bad(path, "NII_TOO_BIG", f"claims {header.grid.shape}, {as_float32} bytes as float32, above {cap}",
-                   "crop it or resample it")  # fmt: skip
+    check_cap(header.grid.shape, cap, path)
     if zipped and needed > DEFLATE_RATIO * size:
         raise bad(path, "NII_TOO_BIG", f"claims {needed} voxel bytes, more than {size} compressed bytes can hold",
                    "copy or download it again")  # fmt: skip
+    # Packing makes nothing much larger; what lies behind the voxels is unpacked too, piece by tiny piece.
+    if zipped and size > (header.offset + needed) * 9 // 8 + SLACK:
+        raise bad(path, "NII_TOO_BIG", f"has {size} bytes packed, and claims only {needed} voxel bytes",
+                   "write it anew")  # fmt: skip
     if not zipped and header.offset + needed > size:
         raise bad(path, "NII_TRUNC", f"has {size} of the {header.offset + needed} bytes its header promises",
                    "copy or download it again")  # fmt: skip
 
 
-def _check_voxels(voxels: np.ndarray, nan: str, allow_constant: bool, path) -> np.ndarray:
-    finite = np.isfinite(voxels)
+def cap_bytes(max_gib: float) -> int:
+    """The bytes of ``max_gib``; more than any machine has counts as MAX_GIB."""
+    return int(min(max_gib, MAX_GIB) * 2**30)
+
+
+def check_cap(shape: tuple[int, ...], cap: int, path) -> None:
+    """Raise NII_TOO_BIG if a volume of this shape takes more than ``cap`` bytes as float32."""
+    needed = 4 * int(np.prod(shape, dtype=object))
+    if needed > cap:
+        raise bad(path, "NII_TOO_BIG", f"claims {shape}, {needed} bytes as float32, above {cap}",
+                  "crop it, resample it, or raise --max-volume-gib")  # fmt: skip
+
+
+def _check_voxels(voxels: np.ndarray, nan: str, allow_constant: bool, path) -> tuple[np.ndarray, int]:
+    """The voxels, and how many of them were set to 0."""
+    if nan not in ("raise", "zero"):
+        raise ValueError(f"nan must be 'raise' or 'zero', not {nan!r}")
+    with np.errstate(invalid="ignore"):
+        finite, zeroed = voxels <= LARGEST, 0
+        finite &= voxels >= -LARGEST
     if not finite.all():
+        zeroed = int((~finite).sum())
         if nan == "raise":
             first = tuple(int(i) for i in np.unravel_index(np.argmin(finite), voxels.shape))
-            raise bad(path, "NII_NONFINITE", f"has {(~finite).sum()} NaN or Inf voxels, the first at {first}",
-                       "set these voxels to 0 in the file, or leave the subject out")  # fmt: skip
+            kind = f"beyond {LARGEST:g}" if np.isfinite(voxels[first]) else "NaN or Inf"
+            raise bad(path, "NII_NONFINITE", f"has {zeroed} {kind} voxels, the first at {first}",
+                      "set them to 0 (--nan zero does), or leave the subject out")  # fmt: skip
         voxels = np.where(finite, voxels, np.float32(0))
     if not allow_constant and voxels.min() == voxels.max():
         raise bad(path, "NII_CONSTANT", f"has the value {voxels.flat[0]:g} in every voxel", "leave this scan out")
-    return voxels
+    return voxels, zeroed
 
 
 def _fresh_header(grid: Grid, descrip: str) -> nib.Nifti1Header:

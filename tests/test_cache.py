@@ -275,7 +275,7 @@ def test_a_touched_source_is_the_same(cache, cohort, tmp_path):
 
 
 def test_settings_without_effect_do_not_matter(cache, cohort, tmp_path):
-    config = CONFIG.model_copy(update={"skip_incomplete": True})
+    config = CONFIG.model_copy(update={"skip_incomplete": True, "max_volume_gib": 3.0})
     assert len(SliceCache.open(tmp_path / "cache", cohort, SUBJECTS, config)) == 12
 
 
@@ -362,6 +362,7 @@ def test_a_changed_file_makes_it_stale(cache, cohort, tmp_path, change, told):
         (SUBJECTS, {"target": "flair"}, "target 't2' -> 'flair'"),
         (SUBJECTS, {"context_slices": 1}, "context_slices 0 -> 1"),
         (SUBJECTS, {"axis": "coronal"}, "axis 'axial' -> 'coronal'"),
+        (SUBJECTS, {"nan": "zero"}, "nan 'raise' -> 'zero'"),
     ],
 )
 def test_ensure_rebuilds_for_other_settings(cache, cohort, tmp_path, subjects, changes, told):
@@ -378,11 +379,117 @@ def test_ensure_reads_a_changed_scan_anew(cache, cohort, tmp_path):
     assert "bela/t2" in why
     expected = fit_scaling(scan(77).astype(np.float32), scan(10) > 0)
     assert rebuilt.scaling("bela", "t2") == expected
-    # An open cache keeps the old files: a rebuild beside it does not pull them away.
-    assert cache.batch(np.arange(12))["target"].shape == (12, 1, 8, 8)
+    # The open cache is told, and does not go on with slices that are no longer the run's.
+    assert refused(cache.batch, np.arange(12)).code == "CACHE_CHANGED"
+    assert rebuilt.batch(np.arange(12))["target"].shape == (12, 1, 8, 8)
+
+
+# ---------------------------------------------------------------- files that change under an open cache
+
+
+def rewritten(path):
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+@pytest.mark.parametrize("name", ["slices.bin", "foreground.bin"])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (Path.unlink, "deleted or replaced"),
+        (lambda path: os.replace(path.with_name("index.json"), path), "deleted or replaced"),
+        (lambda path: os.truncate(path, 0), "has 0 of its"),
+        (lambda path: os.truncate(path, path.stat().st_size - 1), "of its"),
+        (rewritten, "of its"),
+    ],
+)
+def test_a_cache_that_changes_is_refused(cache, name, change, told):
+    change(cache.folder / name)
+    problem = refused(cache.batch, np.arange(3))
+    assert (problem.code, problem.exit_code, problem.file) == ("CACHE_CHANGED", 3, str(cache.folder / name))
+    assert told in problem.what
+
+
+@pytest.mark.parametrize("name", ["slices.bin", "foreground.bin"])
+def test_a_file_cut_between_the_look_and_the_reading_is_refused(cache, monkeypatch, name):
+    looks, check = [], type(cache._slices).check
+
+    def cut(file):
+        check(file)
+        looks.append(file.path.name)
+        if file.path.name == name:
+            os.truncate(file.path, 100)
+
+    monkeypatch.setattr(type(cache._slices), "check", cut)
+    assert "bytes at" in refused(cache.batch, np.arange(6, 9)).what
+    assert name in looks
+
+
+@pytest.mark.parametrize("name", ["slices.bin", "foreground.bin", "context.bin"])
+def test_a_cache_whose_files_went_as_it_was_opened(cache, cohort, monkeypatch, name):
+    (cache.folder / name).unlink()
+    monkeypatch.setattr("phmdiff_fast.cache._stale", lambda *_: None)
+    problem = refused(SliceCache.open, cache.folder, cohort, SUBJECTS, CONFIG)
+    assert (problem.code, problem.exit_code) == ("CACHE_CHANGED", 3)
+
+
+def test_processes_forked_from_one_read_at_once(cache):
+    """They share the open files; reading by position they do not move each other."""
+    expected = cache.batch(np.arange(12))["target"]
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            good = all(
+                np.array_equal(cache.batch(np.array([row]))["target"][0], expected[row])
+                for row in np.random.default_rng(os.getpid()).integers(0, 12, 300)
+            )
+            os._exit(0 if good else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+
+
+def test_files_are_closed_with_the_cache(cache):
+    handles = {cache._slices._handle, cache._foreground._handle}
+    links = {os.readlink(f"/proc/self/fd/{handle}") for handle in handles}
+    assert {Path(link).name for link in links} == {"slices.bin", "foreground.bin"}
+    cache._slices = cache._foreground = None
+    still = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+    assert not links & still
+
+
+def test_no_rows_rows_from_the_end_and_rows_there_are_none_of(cache):
+    empty = cache.batch(np.zeros(0, np.int64))
+    assert {name: part.shape for name, part in empty.items()} == dict.fromkeys(empty, (0, 1, 8, 8))
+    last = cache.batch(np.array([-1]))
+    assert all(np.array_equal(part, cache.batch(np.array([11]))[name]) for name, part in last.items())
+    with pytest.raises(IndexError):
+        cache.batch(np.array([12]))
 
 
 # ---------------------------------------------------------------- builds that fail
+
+
+def test_nan_voxels_and_the_cap_are_settings(cohort, tmp_path):
+    voxels = scan(10).astype(np.float32)
+    voxels[5, 5, 5] = np.nan
+    save(cohort.files["bela"]["t1"], voxels)
+    assert refused(SliceCache.build, tmp_path / "a", cohort, SUBJECTS, CONFIG).code == "NII_NONFINITE"
+    zero = SliceCache.build(tmp_path / "a", cohort, SUBJECTS, CONFIG.model_copy(update={"nan": "zero"}))
+    assert np.isfinite(zero.batch(np.arange(12))["sources"]).all()
+    small = CONFIG.model_copy(update={"max_volume_gib": 1e-9})
+    assert refused(SliceCache.build, tmp_path / "b", cohort, SUBJECTS, small).code == "NII_TOO_BIG"
+
+
+def test_a_scan_that_changes_while_it_is_read(cohort, tmp_path, monkeypatch):
+    def slow(*arguments, **how):
+        subject = load_subject(*arguments, **how)
+        change_size(cohort, tmp_path)
+        return subject
+
+    monkeypatch.setattr("phmdiff_fast.cache.load_subject", slow)
+    problem = refused(SliceCache.build, tmp_path / "cache", cohort, SUBJECTS, CONFIG)
+    assert (problem.code, problem.subject, problem.contrast) == ("FILE_CHANGED", "bela", "t2")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_bad_scan_is_located_and_nothing_stays(cohort, tmp_path):

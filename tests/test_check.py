@@ -60,6 +60,20 @@ def test_all_problems_are_told_and_none_stops_the_others(folder):
     ]  # fmt: skip
 
 
+def test_nan_and_cap_are_settings(folder):
+    voxels = scan(0).astype(np.float32)
+    voxels[1, 5, 1] = voxels[2, 6, 2] = np.inf
+    path = save(folder / "anna" / "anna_t1.nii.gz", voxels)
+    cohort = discover(folder)
+    assert [one.code for one in check_cohort(cohort).problems] == ["NII_NONFINITE"]
+    report = check_cohort(cohort, nan="zero")
+    assert report.problems == []
+    assert report.notes == ["anna/t1: 2 NaN or Inf voxels are taken as 0"]
+    assert [one.code for one in check_cohort(cohort, max_gib=1e-9).problems] == ["NII_TOO_BIG"] * 6
+    assert len(report.seen) == 6
+    assert report.seen[path] == (path.stat().st_size, path.stat().st_mtime_ns)
+
+
 def test_a_contrast_that_some_have_is_a_note_or_a_problem(folder):
     save(folder / "bela" / "bela_flair.nii.gz", scan(50))
     cohort = discover(folder)

@@ -111,6 +111,13 @@ def test_constant_and_non_finite_scans_only_on_request(folder):
     assert load_subject(cohort, "anna", ["t1"], foreground_from="t1", nan="zero").images["t1"][0, 6, 0] == 0
 
 
+def test_the_cap_holds_for_every_scan(folder):
+    cohort, cap = discover(folder), 4 * np.prod(SHAPE) / 2**30
+    assert load_subject(cohort, "anna", ["t1", "t2"], foreground_from="t1", max_gib=cap).id == "anna"
+    problem = refused(load_subject, cohort, "anna", ["t1", "t2"], foreground_from="t1", max_gib=cap * 0.99)
+    assert (problem.code, problem.subject) == ("NII_TOO_BIG", "anna")
+
+
 def save_mha(path, voxels):
     """(X, Y, Z) int16 as .mha on the grid of AFFINE: 1.5 x 1.5 x 2 mm, in R-A-S."""
     sizes = " ".join(map(str, voxels.shape))

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phmdiff_fast.errors import PhmdiffError
-from phmdiff_fast.nifti import DTYPES, Grid, read_grid, read_volume, to_original, write_volume
+from phmdiff_fast.nifti import DTYPES, Grid, image_volume, read_grid, read_volume, to_original, write_volume
 
 SIGNED_PERMUTATIONS = [
     (order, signs) for order in itertools.permutations(range(3)) for signs in itertools.product((1, -1), repeat=3)
@@ -332,6 +332,65 @@ def test_a_bomb_behind_the_voxels_is_stopped_at_the_cap(tmp_path):
     assert code_of(path, max_gib=0.01) == "NII_TOO_BIG"
 
 
+def test_what_may_follow_the_voxels_is_bounded_packed_and_unpacked(tmp_path):
+    raw, path = save(tmp_path / "in.nii", noise()).read_bytes(), tmp_path / "in.nii.gz"
+    path.write_bytes(gzip.compress(raw + bytes(70 << 20), compresslevel=1))
+    assert code_of(path) == "NII_TOO_BIG"
+    whole = gzip.compress(raw)
+    for tail in (bytes(1 << 20), gzip.compress(b"") * 50_000):
+        path.write_bytes(whole + tail)
+        assert read_volume(path).voxels.shape == (5, 6, 7)
+        path.write_bytes(whole + 2 * tail)
+        with pytest.raises(PhmdiffError, match=f"has {path.stat().st_size} bytes packed"):
+            read_volume(path)
+
+
+def test_a_late_offset_is_skipped_in_pieces(tmp_path):
+    plain = save(tmp_path / "in.nii", noise(), vox_offset=float(352 + (20 << 20)))
+    raw, path = plain.read_bytes(), tmp_path / "in.nii.gz"
+    path.write_bytes(gzip.compress(raw[:352] + bytes(20 << 20) + raw[352:], compresslevel=1))
+    tracemalloc.start()
+    try:
+        assert np.array_equal(np.sort(read_volume(path).voxels, None), np.sort(noise(), None))
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_image_in_memory_has_the_same_cap_and_cures(tmp_path):
+    image = nib.Nifti1Image(noise((8, 8, 8), np.float32), AFFINE)
+    assert image_volume(image, "x", max_gib=2048 / 2**30).voxels.shape == (8, 8, 8)
+    with pytest.raises(PhmdiffError, match=r"NII_TOO_BIG.*--max-volume-gib"):
+        image_volume(image, "x", max_gib=2047 / 2**30)
+    image.dataobj[1, 2, 3] = np.nan
+    with pytest.raises(PhmdiffError, match="--nan zero"):
+        image_volume(image, "x")
+    assert image_volume(image, "x", nan="zero").zeroed == 1
+
+
+@pytest.mark.parametrize("gib", [1e30, 1.7e308, np.inf])
+def test_a_cap_beyond_all_memory_is_none(tmp_path, gib):
+    assert read_volume(save(tmp_path / "in.nii", noise()), max_gib=gib).voxels.shape == (5, 6, 7)
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_no_sum_survives(tmp_path):
+    """Enormous voxels would overflow in the percentiles; signalling NaNs make numpy talk."""
+    voxels = noise(dtype=np.float32)
+    voxels[1, 2, 3] = -2e18
+    path = save(tmp_path / "in.nii", voxels, np.eye(4))
+    with pytest.raises(PhmdiffError, match=r"has 1 beyond 1e\+18 voxels, the first at \(1, 2, 3\)"):
+        read_volume(path)
+    assert read_volume(path, nan="zero").voxels[1, 2, 3] == 0
+    raw = bytearray(path.read_bytes())
+    raw[400:404] = b"\1\0\xa0\x7f"
+    path.write_bytes(raw)
+    assert code_of(path) == "NII_NONFINITE"
+    raw[296:300] = b"\1\0\xa0\x7f"  # srow_y
+    path.write_bytes(raw)
+    assert code_of(path) == "NII_AFFINE"
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_non_finite_voxels(tmp_path, bad):
     voxels = noise(dtype=np.float32)
@@ -342,6 +401,7 @@ def test_non_finite_voxels(tmp_path, bad):
     assert code_of(path) == "NII_NONFINITE"
     voxels[1, 2, 3] = voxels[4, 0, 0] = 0
     assert np.array_equal(read_volume(path, nan="zero").voxels, voxels)
+    assert read_volume(path, nan="zero").zeroed == 2
     with pytest.raises(ValueError, match="nan must be"):
         read_volume(path, nan="ignore")
 
@@ -378,8 +438,26 @@ def test_what_is_no_file_is_refused_without_blocking(tmp_path, limit, monkeypatc
             assert code_of(tmp_path / f"{name}.nii.gz") == "NOT_A_FILE"
 
 
+def test_a_device_is_not_even_opened(tmp_path, monkeypatch):
+    """Opening one can do things: rewind a tape, start a watchdog."""
+    (tmp_path / "device.nii").symlink_to("/dev/zero")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda *_: pytest.fail("opened"))
+        assert code_of(tmp_path / "device.nii") == "NOT_A_FILE"
+
+
+def test_a_fifo_that_was_a_file_a_moment_ago_does_not_block(tmp_path, limit, monkeypatch):
+    regular = os.stat(save(tmp_path / "in.nii", noise()))
+    os.mkfifo(tmp_path / "pipe.nii")
+    with monkeypatch.context() as patch:
+        patch.setattr("phmdiff_fast.nifti.os.stat", lambda path: regular)
+        assert code_of(tmp_path / "pipe.nii") == "NOT_A_FILE"
+
+
 def test_a_missing_file_is_unreadable(tmp_path):
     assert code_of(tmp_path / "none.nii.gz") == "UNREADABLE"
+    assert code_of(tmp_path / "a\0b.nii.gz") == "UNREADABLE"
+    assert code_of(tmp_path / ("x" * 300 + ".nii.gz")) == "UNREADABLE"
 
 
 def test_a_forbidden_file_is_unreadable():
