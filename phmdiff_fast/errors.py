@@ -24,7 +24,7 @@ class PhmdiffError(Exception):
     def __init__(self, code, what, cure="", *, exit_code=DATA, subject=None, contrast=None, file=None):
         self.code, self.what, self.cure, self.exit_code = code, what, cure, exit_code
         self.subject, self.contrast = subject, contrast
-        self.file = None if file is None else str(file)
+        self.file = None if file is None else _printable(str(file))
         super().__init__(self.line())
 
     def line(self) -> str:
@@ -41,6 +41,11 @@ class PhmdiffError(Exception):
             subject=self.subject or subject, contrast=self.contrast or contrast,
             file=self.file or file,
         )  # fmt: skip
+
+
+def _printable(text: str) -> str:
+    """A file's name as it is, but with escapes for what a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class DataErrors(PhmdiffError):

@@ -115,7 +115,7 @@ def fit_scaling(voxels: np.ndarray, foreground: np.ndarray) -> Scaling:
     if inside.size == 0:
         raise PhmdiffError("NO_FOREGROUND", "the foreground is empty", "leave this scan out or give a mask")
     lo, hi = np.percentile(inside, [LOW, HIGH]).astype(np.float32)
-    if not hi > lo:
+    if not hi - lo > 1e-30:  # below, the gain is no float32 number
         raise PhmdiffError("NII_CONSTANT", f"has the value {lo:g} nearly everywhere in the foreground",
                            "leave this scan out")  # fmt: skip
     return Scaling(float(lo), float(hi))

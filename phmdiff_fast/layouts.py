@@ -38,6 +38,7 @@ MAX_FOLDERS = 100_000
 SUBJECT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 CSV_COLUMNS = ("subject", "contrast", "path")
 MAX_TEXT = 64 << 20  # bytes of a CSV list or split file
+MOST_PROBLEMS = 1000  # of a list, told at once
 UNDERSTOOD = (
     "give a folder with <id>/<id>_t1.nii.gz (BraTS 2021), <id>/<id>-t1n.nii.gz (BraTS 2023) or "
     "<id>/mr.nii.gz, ct.nii.gz (SynthRAD; .mha too), the folder of one subject, or a .csv list with the "
@@ -63,9 +64,10 @@ def discover(path: str | Path) -> Cohort:
     as DataErrors).
     """
     path = Path(path)
-    if path.suffix.lower() == ".csv" and not path.is_dir():
+    is_folder = _is_folder(path)
+    if path.suffix.lower() == ".csv" and not is_folder:
         return _discover_csv(path)
-    if not path.is_dir():
+    if not is_folder:
         what = "is neither a folder nor a .csv list" if path.exists() else "does not exist"
         raise PhmdiffError("DATA_EMPTY", what, UNDERSTOOD, file=path)
     found: dict[str, dict[str, Path]] = {}
@@ -104,6 +106,14 @@ def subject_and_contrast(path: Path) -> tuple[str, str | None]:
     if contrast:
         return match["id"], contrast
     return re.sub(r"\.(nii\.gz|nii|mha)$", "", path.name), None
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as problem:  # below a folder that may not be entered
+        raise PhmdiffError("UNREADABLE", f"cannot be read ({problem.strerror})", "check the permissions",
+                           file=path) from None  # fmt: skip
 
 
 def _folder_name(folder: Path) -> str:
@@ -152,7 +162,7 @@ def _listing(folder: Path) -> tuple[list[tuple[str, bool]], list[str]]:
 
 def _add(found: dict, subject: str, contrast: str, path: Path, told_by: Path) -> None:
     if not SUBJECT_ID.fullmatch(subject) or subject in (".", ".."):
-        raise PhmdiffError("BAD_ID", f"the subject name {subject!r} is not allowed",
+        raise PhmdiffError("BAD_ID", f"the subject name {subject[:140]!r} is not allowed",
                            "use 1 to 128 of the characters A-Z a-z 0-9 . _ -", file=told_by)  # fmt: skip
     contrasts = found.setdefault(subject, {})
     if contrast in contrasts:
@@ -181,6 +191,8 @@ def _discover_csv(path: Path) -> Cohort:
                 _add_row(found, row, root, path)
             except PhmdiffError as problem:
                 problems.append(problem)
+                if len(problems) == MOST_PROBLEMS:
+                    break
     except csv.Error as problem:
         raise PhmdiffError("CSV_FORMAT", f"is no CSV ({problem})", "correct that line", file=path) from None
     if problems:
@@ -231,8 +243,8 @@ def refuse_unknown(ids: Iterable[str], known: Iterable[str], file) -> None:
     known = set(known)
     unknown = [subject for subject in ids if subject not in known]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+        close = difflib.get_close_matches(unknown[0][:128], sorted(known), n=1)  # it is slow for long texts
         cure = f"did you mean {close[0]!r}?" if close else (
             f"there are {len(known)}: {', '.join(sorted(known)[:8])}" + (" ..." if len(known) > 8 else ""))  # fmt: skip
-        raise PhmdiffError("SUBJECT_UNKNOWN", f"unknown subjects: {', '.join(map(repr, unknown[:20]))}", cure,
-                           exit_code=USAGE, file=file)  # fmt: skip
+        named = ", ".join(repr(name[:128]) for name in unknown[:20])
+        raise PhmdiffError("SUBJECT_UNKNOWN", f"unknown subjects: {named}", cure, exit_code=USAGE, file=file)

@@ -74,8 +74,8 @@ def begin(out: Path, config: Config, split: dict, facts: dict) -> None:
         (out / "pictures").mkdir(exist_ok=True)
 
 
-def refuse_bad_cohort(cohort: data.Cohort, config: Config, subjects: list[str], progress: bool) -> None:
-    """Read everything that will be trained on; raise DataErrors naming all that is wrong."""
+def refuse_bad_cohort(cohort: data.Cohort, config: Config, subjects: list[str], progress: bool) -> dict:
+    """Read everything that will be trained on; raise DataErrors naming all that is wrong; what each file was."""
     with bar(len(subjects), "checking", progress) as meter:
         report = check_cohort(
             cohort, contrasts=[*config.data.sources, config.data.target], subjects=subjects,
@@ -83,6 +83,7 @@ def refuse_bad_cohort(cohort: data.Cohort, config: Config, subjects: list[str], 
         )  # fmt: skip
     if report.problems:
         raise DataErrors(report.problems)
+    return report.seen
 
 
 def open_cache(
@@ -98,9 +99,11 @@ def open_cache(
     except PhmdiffError as stale:
         if (out / "cache" / "index.json").exists():
             say(f"slice cache is built again: {stale.what}")
-    refuse_bad_cohort(cohort, config, [*subjects, *split["test"]], progress)
+    seen = refuse_bad_cohort(cohort, config, [*subjects, *split["test"]], progress)
     with bar(len(subjects), "preparing", progress) as meter:
-        return SliceCache.build(out / "cache", cohort, subjects, config.data, progress=lambda *_: meter.update())
+        return SliceCache.build(
+            out / "cache", cohort, subjects, config.data, seen=seen, progress=lambda *_: meter.update()
+        )
 
 
 def read_log(path: Path) -> list[dict]:

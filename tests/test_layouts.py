@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from phmdiff_fast import layouts
 from phmdiff_fast.errors import DataErrors, PhmdiffError
-from phmdiff_fast.layouts import CONTRASTS, discover, subject_and_contrast
+from phmdiff_fast.layouts import CONTRASTS, discover, refuse_unknown, subject_and_contrast
 
 
 def touch(*paths):
@@ -300,3 +300,27 @@ def test_a_csv_that_is_none(tmp_path, code, content):
 
 def test_a_csv_that_is_missing(tmp_path):
     assert refused(discover, tmp_path / "list.csv").code == "UNREADABLE"
+
+
+def test_a_folder_below_one_that_may_not_be_entered(tmp_path, monkeypatch):
+    def closed(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+    with pytest.raises(PhmdiffError) as caught:
+        discover(tmp_path)
+    assert (caught.value.code, caught.value.exit_code) == ("UNREADABLE", 3)
+
+
+def test_a_list_that_is_wrong_throughout_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("subject,contrast,path\n" + "p,x,y\n" * 5000)
+    with pytest.raises(DataErrors) as caught:
+        discover(path)
+    assert len(caught.value.problems) == 1000
+
+
+def test_long_unknown_names_are_cut():
+    with pytest.raises(PhmdiffError) as caught:
+        refuse_unknown(["x" * 10**7], ["anna"], "split.json")
+    assert len(caught.value.line()) < 400

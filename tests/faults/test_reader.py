@@ -761,3 +761,20 @@ def test_reading_brings_no_torch_and_takes_little_memory(tmp_path):
     assert loaded == "False"
     assert float(mib) < 200
     assert "torch" not in fresh("import phmdiff_fast.nifti; print(*sys.modules)").stdout.split()
+
+
+def test_d19_a_scan_exchanged_between_check_and_cache_is_refused(tiny_cohort, tmp_path, monkeypatch, capsys):
+    from phmdiff_fast import run_folder
+
+    cohort = shutil.copytree(tiny_cohort, tmp_path / "cohort")
+    real = run_folder.check_cohort
+
+    def then_exchanged(*given, **more):
+        report = real(*given, **more)
+        shutil.copy(cohort / "p1" / "p1_t1.nii.gz", cohort / "p0" / "p0_t1.nii.gz")
+        return report
+
+    monkeypatch.setattr(run_folder, "check_cohort", then_exchanged)
+    assert cli("train", cohort, "--source", "t1", "--target", "t2", "--out", tmp_path / "run", "--steps", 1,
+               "--image-size", 24, "--quiet", *TINY) == 3  # fmt: skip
+    assert "error[FILE_CHANGED]" in capsys.readouterr().err
