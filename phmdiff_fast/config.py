@@ -299,7 +299,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     except OSError as problem:
         raise PhmdiffError("CONFIG_FILE", f"cannot be read ({problem.strerror})",
                            "check the path given to --config", exit_code=USAGE, file=path) from None  # fmt: skip
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
         raise PhmdiffError("CONFIG_FILE", f"is no TOML: {problem}", "correct that line",
                            exit_code=USAGE, file=path) from None  # fmt: skip
 
@@ -315,12 +315,23 @@ def build_config(preset: str = "xs", *overrides: dict[str, Any], file=None) -> C
     for over in overrides:
         _refuse_unknown(over, Config, "", file)
         tables = _merge(tables, over)
+    return _validated(tables, file)
+
+
+def read_config(path: str | Path) -> Config:
+    """The settings a run was begun with (its config.toml); errors as ``load_toml`` and ``build_config``."""
+    tables = load_toml(path)
+    _refuse_unknown(tables, Config, "", path)
+    return _validated(tables, path)
+
+
+def _validated(tables: dict[str, Any], file) -> Config:
     try:
         return Config.model_validate(tables)
-    except ValidationError as problems:
-        first = problems.errors()[0]
+    except (ValidationError, RecursionError) as problems:
+        first = problems.errors()[0] if isinstance(problems, ValidationError) else {"loc": ["?"], "msg": "too deep"}
         key = ".".join(str(part) for part in first["loc"])
-        given = first.get("input")
-        detail = f"{key} = {given!r}: " if not isinstance(given, dict) else f"{key}: "
+        given = repr(first.get("input"))
+        detail = f"{key} = {given[:200]}: " if not isinstance(first.get("input"), dict) else f"{key}: "
         raise PhmdiffError("CONFIG_VALUE", detail + first["msg"].removeprefix("Value error, "), "correct the setting",
                            exit_code=USAGE, file=file) from None  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from .errors import DATA, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
 from .generate import Run, foreground_slices, in_plane, predict, scaled_slices, source_slices
 from .progress import say
+from .run_folder import read_split
 
 METHODS = ("ours", "lookup", "unet_l1")
 
@@ -61,7 +61,7 @@ def load_case(
 
 def people(run: Run, cohort: Cohort, part: str) -> list[str]:
     """The run's own test (or val) people that are in this cohort, all contrasts there."""
-    split = json.loads((run.folder / "split.json").read_text())
+    split = read_split(run.folder)
     chosen = [s for s in split[part] if s in cohort.files]
     if not chosen:
         raise PhmdiffError("NO_TEST", f"holds none of the run's {len(split[part])} {part} people",
@@ -75,7 +75,7 @@ def predictors(run: Run, cohort: Cohort, settings: SampleConfig, baselines: bool
     out: dict[str, Callable] = {"ours": lambda sources: predict(run, sources, settings)}
     if not baselines:
         return out, None
-    split = json.loads((run.folder / "split.json").read_text())
+    split = read_split(run.folder)
     used = [*split["train"], *split["val"]]
     select_subjects(cohort, run.config.data, used)
     cache, changed = SliceCache.ensure(run.folder / "cache", cohort, used, run.config.data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 
 from . import __version__, checkpoint
-from .config import Config, SampleConfig, build_config, load_toml
+from .config import Config, SampleConfig, build_config, read_config
 from .data import Cohort, Subject, discover, load_subject, subject_of
 from .device import autocast, pick_device, pick_precision
 from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
@@ -22,6 +21,7 @@ from .mha import read_scan
 from .nifti import image_volume, to_image, write_volume
 from .phmdiff import PHMDiff
 from .progress import say
+from .run_folder import read_facts
 
 RESEARCH_ONLY = "synthetic image, for research only, never for diagnosis"
 
@@ -83,21 +83,23 @@ class Run:
 def load(folder, *, device: str = "auto", warn=None) -> Run:
     """Open a run folder with its newest valid checkpoint.
 
-    Raises PhmdiffError: NO_RUN (exit 2) if the folder holds no run, NO_CHECKPOINT (exit 4) if it
-    holds no valid checkpoint. ``warn(line)`` hears of damaged checkpoints that are passed over.
+    Raises PhmdiffError: NO_RUN (exit 2) if the folder holds no run, NO_CHECKPOINT (exit 4) if it holds no valid
+    checkpoint, RUN_BROKEN, CHECKPOINT_DIFFERS (exit 4) if what it was begun with is damaged or another.
+    ``warn(line)`` hears of damaged checkpoints that are passed over.
     """
     folder = Path(folder)
     if not (folder / "run.json").is_file():
         raise PhmdiffError("NO_RUN", "holds no run", "give the folder that train wrote (--out)",
                            exit_code=USAGE, file=folder)  # fmt: skip
-    config = Config.model_validate(load_toml(folder / "config.toml"))
-    facts = json.loads((folder / "run.json").read_text())
+    config = read_config(folder / "config.toml")
+    facts = read_facts(folder, config)
     found = checkpoint.newest(folder / "checkpoints", warn=warn)
     if found is None:
         raise PhmdiffError("NO_CHECKPOINT", "holds no valid checkpoint", "train it first",
                            exit_code=CHECKPOINT, file=folder)  # fmt: skip
     where = pick_device(device)
     model = PHMDiff(config.model, config.data.source_channels, 1, facts["complexity"])
+    found.refuse_other(config, model.state_dict())
     model.load_state_dict(found.tensors("ema"), strict=True)
     return Run(
         folder, config, model.to(where).eval(), facts, found, where, pick_precision(config.train.precision, where)
@@ -238,7 +240,7 @@ def sample(
     names = {subject: out / f"{subject}_{run.target}_syn.nii.gz" for subject in cohort.files}
     for path in names.values():
         refuse_existing(path, overwrite)
-    digest = run.found.manifest["files"]["ema.safetensors"]
+    digest = run.found.digest("ema")
     for done, (subject_id, path) in enumerate(names.items(), 1):
         subject = load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False,
                                allow_constant=True, **run.reading(nan, max_gib))  # fmt: skip

@@ -18,10 +18,12 @@ from pathlib import Path
 from . import data
 from .cache import SliceCache
 from .check import check_cohort
-from .config import Config, differing, load_toml
-from .errors import USAGE, DataErrors, PhmdiffError
+from .config import Config, differing, read_config
+from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
 from .files import LOCK, is_unfinished, whole_file, write_json, writing
 from .progress import bar, say
+
+MOST_BYTES = 16 << 20  # of split.json and run.json; ours have kilobytes
 
 
 def status_name(rank: int) -> str:
@@ -43,13 +45,13 @@ def prepare_split(cohort: data.Cohort, config: Config, split_file, fold) -> dict
 def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file, fold) -> tuple[dict, bool]:
     """(split, resumed): of a new run folder, or what an existing one was begun with."""
     if (out / "run.json").exists():
-        begun = Config.model_validate(load_toml(out / "config.toml"))
+        begun = read_config(out / "config.toml")
         gaps = differing(begun.fixed(), config.fixed())
         if gaps:
             raise PhmdiffError("RUN_DIFFERS", f"was begun with other settings: {'; '.join(gaps)}",
                                "give the same settings to go on, or another --out", exit_code=USAGE,
                                file=out)  # fmt: skip
-        split = json.loads((out / "split.json").read_text())
+        split = read_split(out)
         asked = split_file is not None or fold is not None
         if asked and prepare_split(cohort, config, split_file, fold) != split:
             cure = "give the same --split or --fold, or another --out"
@@ -62,6 +64,46 @@ def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file, fol
         raise PhmdiffError("OUTPUT_EXISTS", "exists and is no run folder", "choose another --out",
                            exit_code=USAGE, file=out)  # fmt: skip
     return prepare_split(cohort, config, split_file, fold), False
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError("not a table")
+        return value
+    except (OSError, ValueError, RecursionError) as problem:
+        raise _broken(path, problem) from None
+
+
+def _broken(path: Path, problem) -> PhmdiffError:
+    return PhmdiffError("RUN_BROKEN", f"is not readable ({ascii(str(problem))[1:-1][:200]})",
+                        "take it from a copy of the run, or train again", exit_code=CHECKPOINT, file=path)  # fmt: skip
+
+
+def read_split(out: Path) -> dict[str, list[str]]:
+    """Who is in training, validation and test of a run. Raises RUN_BROKEN (exit 4)."""
+    split = _read_json(out / "split.json")
+    parts = [split.get(name) for name in ("train", "val", "test")]
+    if len(split) != 3 or not all(isinstance(part, list) and all(isinstance(s, str) for s in part) for part in parts):
+        raise _broken(out / "split.json", "it is no split")
+    return split
+
+
+def read_facts(out: Path, config: Config) -> dict:
+    """What was measured when a run was begun (run.json). Raises RUN_BROKEN (exit 4)."""
+    facts = _read_json(out / "run.json")
+    complexity, scale, units = facts.get("complexity"), facts.get("median_p995"), facts.get("units", "arbitrary")
+
+    def is_number(value) -> bool:
+        return type(value) in (int, float) and abs(value) < 1e18  # NaN fails the comparison
+
+    if not (isinstance(complexity, list) and len(complexity) == len(config.model.levels)
+            and all(map(is_number, complexity)) and is_number(scale) and units in ("HU", "arbitrary")):  # fmt: skip
+        raise _broken(out / "run.json", "complexity, median_p995 or units are missing or of another kind")
+    return facts
 
 
 def begin(out: Path, config: Config, split: dict, facts: dict) -> None:

@@ -25,7 +25,7 @@ from .loader import NAMES, Loader
 from .masking import level_complexity
 from .phmdiff import LossTerms, PHMDiff
 from .progress import say
-from .run_folder import Log, Status, begin, open_cache
+from .run_folder import Log, Status, begin, open_cache, read_facts, read_split
 
 
 def learning_rate(config, step: int, share: float) -> float:
@@ -68,11 +68,11 @@ class Trainer:
                 what = f"{len(rows)} training slices for a batch of {tc.batch_size}"
                 raise PhmdiffError("TOO_FEW_SLICES", what, "lower train.batch_size or add subjects", exit_code=DATA,
                                    file=str(data_path))  # fmt: skip
-            facts = json.loads((out / "run.json").read_text()) if resumed else self._facts(cache, rows)
+            facts = read_facts(out, config) if resumed else self._facts(cache, rows)
             begin(out, config, split, facts)
         self.ranks.max(0.0)  # the others wait until that is there
         if not self.ranks.first:
-            split, facts = (json.loads((out / name).read_text()) for name in ("split.json", "run.json"))
+            split, facts = read_split(out), read_facts(out, config)
             cache = SliceCache.open(out / "cache", cohort, [*split["train"], *split["val"]], config.data)
             self.status.say("starting")
         torch.manual_seed(tc.seed)  # initial weights; all later randomness is counter-based

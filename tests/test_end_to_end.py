@@ -410,3 +410,26 @@ def test_the_papers_preset_trains_and_its_sampling_settings_hold(tiny_cohort, tm
     assert cli("sample", run, tiny_cohort / "p1", "--out", out, "--steps", 2, "--sampler", "ddim", "--quiet") == 0
     told = [json.loads((out / f"p{i}_t2_syn.json").read_text()) for i in (0, 1)]
     assert [(t["sampler"], t["steps"]) for t in told] == [("ddpm", 6), ("ddim", 2)]
+
+
+HOSTILE = {
+    "config.toml": ["", "x = 1", "[model]\nwidht = 3", "[model]\nwidth = 'x'", "data = 3", "a = " + "[" * 5000, "\0"],
+    "run.json": ["", "[]", "{}", '{"complexity": "x"}', '{"complexity": [1, 2, NaN], "median_p995": 1}', "[" * 10**5,
+                 '{"complexity": [1, 2], "median_p995": 1}', '{"complexity": [1, 2, 3], "median_p995": 1e400}'],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in HOSTILE.items() for text in texts],
+                         ids=lambda text: repr(text[:24]))  # fmt: skip
+def test_what_a_run_was_begun_with_may_be_damaged(trained, tmp_path, capsys, name, text):
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / name).write_text(text)
+    code = cli("sample", run, tmp_path / "x_t1.nii.gz", "--out", tmp_path / "out")
+    err = capsys.readouterr().err
+    if name == "config.toml" and text == "":
+        assert code == 4  # all defaults: not the settings of this checkpoint
+    assert code in (2, 4)
+    assert len(err.strip().splitlines()) == 1
+    assert "Traceback" not in err
+    assert name in err or "step-" in err
+    assert not (tmp_path / "out").exists()
