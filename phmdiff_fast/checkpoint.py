@@ -16,9 +16,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -34,14 +37,17 @@ from .errors import CHECKPOINT, IO, PhmdiffError
 
 FORMAT = 2  # 1 had no shards, settings or shapes
 MOST_BYTES, MOST_TENSORS = 16 << 20, 100_000  # of a manifest or a header; ours have kilobytes and hundreds
+MOST_VALUES = 3 * MOST_TENSORS  # ours have thousands; 16 MiB of "[]," would be 400 MiB of lists
+MOST_SIZES = 32  # of a tensor: a million whose product is asked for would take minutes
 VERIFIED = 2  # checkpoints that verify and are never removed
 TEMPORARY = ".tmp-"
 PICKLES = (".metadata", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")  # can run code when read
 CHUNK = 4 << 20  # bytes hashed and written at a time
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
-_NAME = re.compile(r"step-(\d{8,18})$")
-_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,63})(?:\.\d{1,5}-of-\d{1,5})?\.safetensors")
+_KNOWN = {name: (str(dtype).removeprefix("torch."), dtype.itemsize) for dtype, name in DTYPES.items()}
+_NAME = re.compile(r"step-([0-9]{8,18})")
+_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]{0,63})(?:\.[0-9]{1,5}-of-[0-9]{1,5})?\.safetensors")
 
 
 @dataclass
@@ -56,12 +62,19 @@ class Checkpoint:
         return [name for name in self.manifest["files"] if _FILE.fullmatch(name)[1] == group]
 
     def tensors(self, group: str, device="cpu") -> dict[str, Tensor]:
-        """The tensors of ``group`` (model, ema, optimizer), of all its shards."""
-        return {
-            key: value
-            for name in self._files(group)
-            for key, value in load_file(self.folder / name, device=str(device)).items()
-        }
+        """The tensors of ``group`` (model, ema, optimizer), of all its shards.
+
+        Raises CHECKPOINT_BROKEN (exit 4) if there are none, or no longer those that were verified.
+        """
+        made: dict[str, Tensor] = {}
+        for name in self._files(group):
+            try:
+                made |= load_file(self.folder / name, device=str(device))
+            except (SafetensorError, OSError, ValueError, TypeError) as problem:
+                raise _broken(self.folder / name, problem) from None
+        if shapes_of(made) != self.manifest["tensors"].get(group):
+            raise _broken(self.folder, f"no {group!r}, or another than was verified")
+        return made
 
     def digest(self, group: str) -> str:
         """One SHA-256 that names the tensors of ``group``: its file's, or that of its shards' digests."""
@@ -70,15 +83,21 @@ class Checkpoint:
 
     def refuse_other(self, config: Config, state: dict[str, Tensor]) -> None:
         """Raise CHECKPOINT_DIFFERS (exit 4) unless it was made with these settings and shapes of weights."""
-        gaps = differing(self.manifest.get("config", {}), config.fixed())
+        try:
+            gaps = differing(self.manifest.get("config", {}), config.fixed())
+        except RecursionError as problem:  # a setting that is a list in a list in a list ...
+            raise _broken(self.folder, problem) from None
         if gaps:
-            raise PhmdiffError("CHECKPOINT_DIFFERS", f"was made with other settings: {'; '.join(gaps)}",
+            told = _short("; ".join(gaps), 1000)
+            raise PhmdiffError("CHECKPOINT_DIFFERS", f"was made with other settings: {told}",
                                "give the same settings, or start a new run", exit_code=CHECKPOINT,
                                file=self.folder)  # fmt: skip
-        shapes = self.manifest.get("tensors", {}).get("model")
-        if shapes is not None and shapes != shapes_of(state):
+        # Of the average too: copying it into place would stretch a single number over a whole matrix.
+        if any(self.manifest["tensors"].get(group) != shapes_of(state) for group in ("model", "ema")):
             raise PhmdiffError("CHECKPOINT_DIFFERS", "has weights of other names or shapes than this version's model",
                                "use the version that wrote it", exit_code=CHECKPOINT, file=self.folder)  # fmt: skip
+        if "seconds" not in self.manifest:
+            raise _broken(self.folder / "manifest.json", KeyError("seconds"))
 
 
 def shapes_of(tensors: dict[str, Tensor]) -> dict[str, list]:
@@ -97,12 +116,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put ``optimizer_tensors`` back, and nothing else."""
+    """Put ``optimizer_tensors`` back, and nothing else.
+
+    Raises CHECKPOINT_DIFFERS (exit 4) unless each parameter has AdamW's whole state, or none, in its own shape: the
+    fused step looks at no shapes, it would read and write behind the end of what is too short.
+    """
     parameters = dict(model.named_parameters())
-    optimizer.state.clear()
+    states: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         key, _, parameter = name.partition("/")
-        optimizer.state[parameters[parameter]][key] = value
+        states.setdefault(parameter, {})[key] = value
+    for name, state in states.items():
+        like, step = parameters.get(name), torch.zeros((), dtype=torch.float32)
+        if like is None or shapes_of(state) != shapes_of({"step": step, "exp_avg": like, "exp_avg_sq": like}):
+            raise PhmdiffError("CHECKPOINT_DIFFERS", f"has a state of the optimizer that does not fit {_short(name)!r}",
+                               "use the version that wrote it", exit_code=CHECKPOINT)  # fmt: skip
+    optimizer.state.clear()
+    for name, state in states.items():
+        optimizer.state[parameters[name]].update(state)
 
 
 class Cancelled(Exception):
@@ -148,16 +179,12 @@ def save(
     needed = sum(value.nbytes for tensors in groups.values() for value in tensors.values())
     try:
         temporary.mkdir(parents=True, exist_ok=world > 1)
-        ending = "" if world == 1 else f".{rank}-of-{world}"
+        names = {group: _file_name(group, rank, world) for group in groups}
         part = {
-            "files": {
-                f"{group}{ending}.safetensors": _write_tensors(
-                    temporary / f"{group}{ending}.safetensors", tensors, cancelled
-                )
-                for group, tensors in groups.items()
-            },
+            "files": {names[group]: _write_tensors(temporary / names[group], tensors, cancelled)
+                      for group, tensors in groups.items()},
             "tensors": {group: shapes_of(tensors) for group, tensors in groups.items()},
-        }
+        }  # fmt: skip
         if rank:
             _write_synced(temporary / f"part-{rank}.json.new", json.dumps(part))
             os.rename(temporary / f"part-{rank}.json.new", temporary / f"part-{rank}.json")
@@ -182,6 +209,10 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
     prune(folder, keep)
     return final
+
+
+def _file_name(group: str, rank: int, world: int) -> str:
+    return f"{group}.safetensors" if world == 1 else f"{group}.{rank}-of-{world}.safetensors"
 
 
 def _part_of(temporary: Path, rank: int, timeout: float, cancelled) -> dict:
@@ -247,7 +278,7 @@ def found(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     if not folder.is_dir():
         return []
-    steps = {path: int(match[1]) for path in folder.iterdir() if (match := _NAME.match(path.name))}
+    steps = {path: int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
     return sorted(steps, key=steps.get, reverse=True)
 
 
@@ -255,45 +286,104 @@ def verify(folder: Path) -> Checkpoint:
     """The checkpoint in ``folder`` if every file has its hash; else PhmdiffError (exit 4) naming file and hash.
 
     UNSAFE_FORMAT: it is something that would have to be unpickled, which is not even opened.
-    CHECKPOINT_NEWER: a later version wrote it. CHECKPOINT_HASH, CHECKPOINT_BROKEN: it is damaged.
+    CHECKPOINT_NEWER: a later version wrote it. CHECKPOINT_HASH: it is damaged. CHECKPOINT_BROKEN: it is none, or one
+    that does harm. A hash is no signature: whoever wants to can state the right ones, so nothing is used unseen.
     """
-    path = folder / "manifest.json"
+    path = folder / "manifest.json"  # what is looked at
     _refuse_pickles(folder)
     try:
+        _refuse_irregular(path)
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"a manifest of more than {MOST_BYTES >> 20} MiB")
-        manifest = json.loads(path.read_text())
-        files, own = manifest["files"], manifest.pop("sha256", None)
-        if manifest["format"] > FORMAT:
-            raise PhmdiffError("CHECKPOINT_NEWER", f"has format {manifest['format']}, this version reads {FORMAT}",
-                               f"it needs phmdiff-fast >= {str(manifest.get('version', '?'))[:40]!r}",
-                               exit_code=CHECKPOINT, file=folder)  # fmt: skip
-        if (own is not None or manifest["format"] > 1) and own != _own_sha256(manifest):
+        manifest = _parsed(path.read_bytes())
+        own, number = manifest.pop("sha256", None), manifest["format"]
+        if type(number) is not int or number < 1:
+            raise ValueError("another format")
+        if number > FORMAT:
+            needed = _short(manifest.get("version", "?"), 40)
+            raise PhmdiffError("CHECKPOINT_NEWER", f"has format {_short(number, 40)}, this version reads {FORMAT}",
+                               f"it needs phmdiff-fast >= {needed!r}", exit_code=CHECKPOINT, file=path)  # fmt: skip
+        if (own is not None or number > 1) and own != _own_sha256(manifest):
             raise PhmdiffError("CHECKPOINT_HASH", "is damaged: its content does not have the SHA-256 it states",
                                "use an older checkpoint", exit_code=CHECKPOINT, file=path)  # fmt: skip
-        for name, digest in files.items():
-            if not _FILE.fullmatch(name):
-                if name.endswith(PICKLES):
-                    raise _unsafe(folder / name)
-                raise ValueError(f"file name {name!r}")
-            _check_header(folder / name)
-            if (now := _sha256(folder / name)) != digest:
-                what = f"is damaged: its SHA-256 is {now[:16]}..., its manifest says {str(digest)[:16]!r}..."
+        _check_manifest(manifest, folder)
+        shapes: dict[str, dict[str, list]] = {}
+        for name, digest in manifest["files"].items():
+            path = folder / name
+            header, group = _header(path), shapes.setdefault(_FILE.fullmatch(name)[1], {})
+            if header.keys() & group.keys():
+                raise ValueError("a tensor that another shard holds")
+            group.update(header)
+            if (now := _sha256(path)) != digest:
+                what = f"is damaged: its SHA-256 is {now[:16]}..., its manifest says {_short(digest, 16)!r}"
                 raise PhmdiffError("CHECKPOINT_HASH", what, "use an older checkpoint", exit_code=CHECKPOINT,
-                                   file=folder / name)  # fmt: skip
-        return Checkpoint(folder, int(manifest["step"]), manifest)
+                                   file=path)  # fmt: skip
+        path = folder / "manifest.json"
+        if (number > 1 or "tensors" in manifest) and manifest["tensors"] != shapes:
+            raise ValueError("'tensors' are not those of the files")
+        return Checkpoint(folder, manifest["step"], {**manifest, "tensors": shapes})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
-        raise PhmdiffError("CHECKPOINT_BROKEN", f"is not readable ({_short(problem)})", "use an older checkpoint",
-                           exit_code=CHECKPOINT, file=folder) from None  # fmt: skip
+        raise _broken(path, problem) from None
+
+
+def _check_manifest(manifest: dict, folder: Path) -> None:
+    """Raise ValueError unless all that is used of it is of the type and in the range that it is used as, and its
+    files are those that ``save`` writes; UNSAFE_FORMAT if one would have to be unpickled."""
+    step, world, files = manifest["step"], manifest.get("world", 1), manifest["files"]
+    spikes, seconds = manifest.get("spikes", {}), manifest.get("seconds", 0.0)
+    right = {
+        "step": type(step) is int and 0 <= step < 10**18,
+        "world": type(world) is int and 0 < world < 10**5,
+        "seconds": type(seconds) in (int, float) and 0 <= seconds < 2**63,
+        **{key: type(manifest.get(key, {})) is dict for key in ("files", "tensors", "config", "spikes")},
+    }
+    if right["spikes"]:
+        right["spikes"] = _list_of(float, spikes.get("losses", [])) and _list_of(int, spikes.get("left_out", []))
+        right["spikes"] &= type(spikes.get("rollbacks", 0)) is int and type(spikes.get("stage")) in (str, type(None))
+    for key, is_right in right.items():
+        if not is_right:
+            raise ValueError(f"{key!r} has a value that it cannot have")
+    if (match := _NAME.fullmatch(folder.name)) and int(match[1]) != step:
+        raise ValueError(f"it is of step {step}")
+    for name in files:
+        if not _FILE.fullmatch(name):
+            raise _unsafe(folder, name) if name.endswith(PICKLES) else ValueError(f"file name {name!r}")
+    groups = {_FILE.fullmatch(name)[1] for name in files}
+    if len(files) != len(groups) * world or set(files) != {
+        _file_name(group, rank, world) for group in groups for rank in range(world)
+    }:
+        raise ValueError(f"its files are not {world} of each group")
+
+
+def _list_of(kind: type, value) -> bool:
+    return type(value) is list and all(type(each) is kind for each in value)
+
+
+def _parsed(raw: bytes) -> dict:
+    """The table of a manifest or a header. Raises ValueError if it is none, or would fill the memory."""
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MOST_VALUES:
+        raise ValueError(f"a header or manifest of more than {MOST_VALUES} values, as {MOST_TENSORS} tensors have")
+    made = json.loads(raw.decode("ascii"))
+    if type(made) is not dict:
+        raise ValueError("no table")
+    return made
 
 
 def _own_sha256(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _short(problem: Exception) -> str:
-    text = str(problem).encode("ascii", "backslashreplace").decode()
-    return text if len(text) < 200 else text[:200] + "..."
+def _short(said, most: int = 200) -> str:
+    """Text of a file as part of a line: printable ASCII, and an end."""
+    text = str(said)
+    cut = text if len(text) <= most else text[:most] + "..."
+    return re.sub(r"[^\x20-\x7e]", lambda found: ascii(found[0])[1:-1], cut)
+
+
+def _broken(path: Path, problem) -> PhmdiffError:
+    said = f"lacks {problem}" if isinstance(problem, KeyError) else getattr(problem, "strerror", None) or problem
+    return PhmdiffError("CHECKPOINT_BROKEN", f"is not readable ({_short(said)})", "use an older checkpoint",
+                        exit_code=CHECKPOINT, file=path)  # fmt: skip
 
 
 def _refuse_pickles(path: Path) -> None:
@@ -302,8 +392,9 @@ def _refuse_pickles(path: Path) -> None:
         raise _unsafe(path)
 
 
-def _unsafe(path: Path) -> PhmdiffError:
-    return PhmdiffError("UNSAFE_FORMAT", "is no checkpoint of phmdiff-fast; other formats can run code when read",
+def _unsafe(path: Path, name: str = "") -> PhmdiffError:
+    what = f"lists {_short(name)!r}, which is" if name else "is"
+    return PhmdiffError("UNSAFE_FORMAT", f"{what} no checkpoint of phmdiff-fast; other formats can run code when read",
                         "give a folder step-N, with safetensors and a manifest", exit_code=CHECKPOINT,
                         file=path)  # fmt: skip
 
@@ -316,16 +407,33 @@ def _sha256(path: Path) -> str:
     return total.hexdigest()
 
 
-def _check_header(path: Path) -> None:
-    """Raise ValueError where a safetensors header claims more than ours ever have: it is parsed whole, in memory."""
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"{path.name} is no regular file")
+def _refuse_irregular(path: Path) -> None:
+    """Raise ValueError for a link, which may lead anywhere, a pipe, which would be waited for, and a device."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError("no regular file")
+
+
+def _header(path: Path) -> dict[str, list]:
+    """A safetensors file's tensors as ``shapes_of``. Raises ValueError unless the header is one that ``_write_tensors``
+    could have written: types it knows, bytes that follow each other, and no others."""
+    _refuse_irregular(path)
     with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > min(MOST_BYTES, path.stat().st_size - 8):
-            raise ValueError(f"{path.name}: a header of {size} bytes")
-        if file.read(size).count(b'"dtype"') > MOST_TENSORS:
-            raise ValueError(f"{path.name}: more than {MOST_TENSORS} tensors")
+        length, room = int.from_bytes(file.read(8), "little"), path.stat().st_size - 8
+        if length > min(MOST_BYTES, room):
+            raise ValueError(f"a header of {length} bytes")
+        header = _parsed(file.read(length))
+    header.pop("__metadata__", None)
+    shapes, end = {}, 0
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        shape, span = about["shape"], about["data_offsets"]
+        kind, size = _KNOWN[about["dtype"]]
+        right = _list_of(int, shape) and len(shape) <= MOST_SIZES and all(0 <= each < 2**63 for each in shape)
+        if not right or not _list_of(int, span) or span != [end, end + size * math.prod(shape)]:
+            raise ValueError(f"a header in which {_short(repr(name), 100)} does not fit")
+        shapes[name], end = [kind, *shape], span[1]
+    if end != room - length:
+        raise ValueError(f"a header of {end} bytes of tensors, there are {room - length}")
+    return shapes
 
 
 def newest(folder: Path, *, warn=None) -> Checkpoint | None:
@@ -345,7 +453,7 @@ def named(folder: Path, which) -> Checkpoint:
     Raises what ``verify`` raises, and NO_CHECKPOINT (exit 4) if there is none.
     """
     text = str(which)
-    inside = folder / (f"step-{int(text):08d}" if text.isdecimal() else text)
+    inside = folder / (f"step-{int(text):08d}" if text.isdecimal() and len(text) <= 18 else text)
     path = inside if inside.exists() else Path(which)
     if not path.exists():
         there = ", ".join(p.name for p in found(folder)) or "none"
@@ -358,7 +466,7 @@ def set_aside(folder: Path, step: int) -> list[Path]:
     """Rename the checkpoints after ``step`` to ``aside-N``, so that a run can go on from that step; the new names."""
     moved = []
     for path in found(folder):
-        if int(_NAME.match(path.name)[1]) > step:
+        if int(_NAME.fullmatch(path.name)[1]) > step:
             names = (path.with_name(f"aside-{path.name}" + f"-{again}" * (again > 1)) for again in range(1, 10_000))
             moved.append(path.rename(next(name for name in names if not name.exists())))
     return moved

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from injection import PLANTED, SCENARIOS, Server, Unavailable, library
+from injection import Server, Unavailable, library
+from injection_scenarios import PLANTED, SCENARIOS
 
 from phmdiff_fast.files import is_unfinished, remove_unfinished, whole_file, write_json
 
