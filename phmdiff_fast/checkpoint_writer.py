@@ -33,7 +33,7 @@ class Writer:
         self, folder: Path, *, keep: int, rank: int = 0, world: int = 1, token: str = "", timeout: float = 300.0,
         written: Callable[[int], None] | None = None,
     ):  # fmt: skip
-        self._how = dict(keep=keep, rank=rank, world=world, token=token, timeout=timeout)
+        self._how = dict(keep=keep, rank=rank, world=world, token=token, timeout=timeout, read_back=set())
         self._folder, self._rank, self._world, self._written = folder, rank, world, written
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._done = threading.Event()  # a thread's join() that Ctrl-C breaks off takes it for ended

@@ -141,7 +141,7 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 
     Settings are taken from the preset, then --config, then the options, then --set; later ones win.
     """
-    from .config import build_config, load_toml, parse_set
+    from .config import build_config, load_run_toml, load_toml, parse_set
 
     if split is not None and fold is not None:
         raise PhmdiffError("USAGE", "--split and --fold are two ways to say the same", "give one", exit_code=USAGE)
@@ -159,7 +159,7 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
             flags[table][key] = value
     base: dict = {}
     if (out / "run.json").is_file() and preset is None and config_file is None:
-        base = load_toml(out / "config.toml")  # an existing run goes on with its own settings
+        base = load_run_toml(out / "config.toml")  # an existing run goes on with its own settings
         if minutes is not None or steps is not None:
             for key in ("minutes", "steps"):
                 base["train"].pop(key, None)

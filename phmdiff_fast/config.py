@@ -8,9 +8,10 @@ nearest known name.
 from __future__ import annotations
 
 import difflib
+import stat
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +21,10 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+MOST_BYTES = 64 << 10  # of a run's config.toml; ours have two thousand
+Contrast = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]  # it becomes part of file names
 
 
 class Settings(BaseModel):
@@ -38,8 +43,8 @@ def default_levels() -> list[LevelSpec]:
 
 
 class DataConfig(Settings):
-    sources: list[str] = Field(default_factory=lambda: ["t1"], min_length=1)
-    target: str = "t2"
+    sources: list[Contrast] = Field(default_factory=lambda: ["t1"], min_length=1, max_length=64)
+    target: Contrast = "t2"
     image_size: int = Field(64, ge=8, le=1024)  # in-plane, after crop or pad and area resampling
     crop: int | None = Field(None, ge=8)  # side in voxels of the centre crop; None: longer in-plane side
     axis: Literal["axial", "coronal", "sagittal"] = "axial"  # which slices; of the scan turned to RAS
@@ -67,14 +72,14 @@ class DataConfig(Settings):
 
 
 class ModelConfig(Settings):
-    depth: int = Field(6, ge=1)
-    width: int = Field(192, ge=16)
-    heads: int = Field(3, ge=1)
-    decoder_depth: int = Field(2, ge=1)
-    decoder_width: int = Field(96, ge=16)
-    decoder_heads: int = Field(3, ge=1)
-    patch: int = Field(4, ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)
+    depth: int = Field(6, ge=1, le=256)
+    width: int = Field(192, ge=16, le=16384)
+    heads: int = Field(3, ge=1, le=1024)
+    decoder_depth: int = Field(2, ge=1, le=256)
+    decoder_width: int = Field(96, ge=16, le=16384)
+    decoder_heads: int = Field(3, ge=1, le=1024)
+    patch: int = Field(4, ge=1, le=256)
+    mlp_ratio: float = Field(4.0, gt=0, le=64)
     levels: list[LevelSpec] = Field(default_factory=default_levels, min_length=1, max_length=5)
     complexity_gain: float = Field(0.2, ge=0.0)  # the 0.2 of r_n = clip(r0_n + 0.2 (1 - c_n / mean c), ...)
     decoder_input: Literal["noisy", "token"] = "noisy"
@@ -89,10 +94,10 @@ class ModelConfig(Settings):
     coarse_noise: int = Field(250, ge=1)  # teacher: noised to a t drawn below this, which the network is told
     coupling: Literal["lockstep", "cascade"] = "lockstep"  # one t for all levels, or a t per level
     stem: bool = True  # convolutions over the sources, once a slice
-    stem_width: int = Field(32, ge=4)
+    stem_width: int = Field(32, ge=4, le=4096)
     head: bool = True  # convolutions over the unpatchified tokens, with the stem's maps as skips
-    head_width: int = Field(32, ge=4)
-    timesteps: int = Field(1000, ge=2)
+    head_width: int = Field(32, ge=4, le=4096)
+    timesteps: int = Field(1000, ge=2, le=100000)
     schedule: Literal["linear", "cosine"] = "linear"  # cosine takes no betas
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
@@ -299,7 +304,7 @@ def load_toml(path: str | Path) -> dict[str, Any]:
     except OSError as problem:
         raise PhmdiffError("CONFIG_FILE", f"cannot be read ({problem.strerror})",
                            "check the path given to --config", exit_code=USAGE, file=path) from None  # fmt: skip
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:  # no TOML, no UTF-8, or a number of ten thousand digits
         raise PhmdiffError("CONFIG_FILE", f"is no TOML: {problem}", "correct that line",
                            exit_code=USAGE, file=path) from None  # fmt: skip
 
@@ -318,9 +323,21 @@ def build_config(preset: str = "xs", *overrides: dict[str, Any], file=None) -> C
     return _validated(tables, file)
 
 
+def load_run_toml(path: str | Path) -> dict[str, Any]:
+    """``load_toml`` of a run's config.toml, which may come from anywhere: a regular file of the size ours have."""
+    try:
+        about = Path(path).stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_BYTES:
+            raise PhmdiffError("CONFIG_FILE", f"is no regular file of at most {MOST_BYTES} bytes",
+                               "take it from a copy of the run", exit_code=USAGE, file=path)  # fmt: skip
+    except OSError:
+        pass  # said by load_toml
+    return load_toml(path)
+
+
 def read_config(path: str | Path) -> Config:
     """The settings a run was begun with (its config.toml); errors as ``load_toml`` and ``build_config``."""
-    tables = load_toml(path)
+    tables = load_run_toml(path)
     _refuse_unknown(tables, Config, "", path)
     return _validated(tables, path)
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import stat
 import threading
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
 from .files import LOCK, is_unfinished, whole_file, write_json, writing
 from .progress import bar, say
 
-MOST_BYTES = 16 << 20  # of split.json and run.json; ours have kilobytes
+MOST_BYTES = 4 << 20  # of split.json and run.json; ours have kilobytes
 
 
 def status_name(rank: int) -> str:
@@ -68,6 +69,8 @@ def start_folder(out: Path, config: Config, cohort: data.Cohort, split_file, fol
 
 def _read_json(path: Path) -> dict:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("no regular file")
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES >> 20} MiB")
         value = json.loads(path.read_text())

@@ -88,7 +88,8 @@ def named(op: str, what: str, default, root: Path = ROOT):
 def files_of(op: str, file: str = "", root: Path = ROOT) -> list[str]:
     """Test files of an operation, those first that are the likelier to notice a fault in ``file``."""
     tests = named(op, "TESTS", (op,), root)
-    found = {str(p.relative_to(root)) for test in tests for p in (root / "tests").glob(f"test_{test}*.py")}
+    patterns = [f"{test}*.py" if "/" in test else f"test_{test}*.py" for test in tests]
+    found = {str(p.relative_to(root)) for pattern in patterns for p in (root / "tests").glob(pattern)}
     if not found:
         raise Refused(f"{op}: there is no tests/test_{op}*.py")
     stem, kernel = Path(file).stem, Path(file).stem.startswith("_")

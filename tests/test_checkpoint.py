@@ -65,7 +65,7 @@ def test_a_disk_that_refuses_leaves_the_older_one(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_tensors", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(PhmdiffError) as caught:
         checkpoint.save(tmp_path, 2, groups(), {}, keep=5)
     assert caught.value.exit_code == 74

@@ -28,7 +28,7 @@ RANKS = [
     ["kernels.patch_mask", "kernels.adaln", "kernels.mmd"],
     ["pyramid", "haar", "attention", "nifti", "grid", "device", "curves"],
     ["masking", "mha", "layouts"],
-    ["diffusion", "splits", "views"],
+    ["diffusion", "splits", "views", "checkpoint_format"],
     ["data"],
     ["check", "cache", "augment"],
     ["model", "sampling", "losses", "checkpoint", "ema", "metrics", "pictures", "simulate", "loader", "guards"],

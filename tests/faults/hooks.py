@@ -54,7 +54,7 @@ def kill_at(moment: str, step: str) -> None:
 
         checkpoint_writer.Writer.save, checkpoint_writer.Writer._copy = save, copy
     elif moment == "half_a_shard":
-        real = checkpoint._write_tensors
+        real = checkpoint.write_tensors
 
         def write(path, *more):
             digest = real(path, *more)
@@ -63,7 +63,7 @@ def kill_at(moment: str, step: str) -> None:
                 die()
             return digest
 
-        checkpoint._write_tensors = write
+        checkpoint.write_tensors = write
     elif moment == "before_manifest":
         real = checkpoint._write_synced
         checkpoint._write_synced = lambda path, text: die() if f"step-{step:08d}" in str(path) else real(path, text)
@@ -148,27 +148,31 @@ def stop_at(step: str) -> None:
 
 
 def poison(row: str) -> None:
-    """NaN in one slice of the cache."""
-    real, bad = cache.SliceCache.batch, int(row)
+    """NaN in one slice of the cache, once the training has been set up."""
+    real, bad, resume = cache.SliceCache.batch, int(row), trainer.Trainer.resume
 
     def batch(self, rows):
         made = real(self, rows)
         made["target"][np.asarray(rows) == bad] = np.nan
         return made
 
-    cache.SliceCache.batch = batch
+    def then(self, which):
+        resume(self, which)
+        cache.SliceCache.batch = batch
+
+    trainer.Trainer.resume = then
 
 
 def no_space(step: str) -> None:
     """The disk is full when this checkpoint is written."""
-    real = checkpoint._write_tensors
+    real = checkpoint.write_tensors
 
     def write(path, *more):
         if f"step-{int(step):08d}" in str(path):
             raise OSError(28, "No space left on device")
         return real(path, *more)
 
-    checkpoint._write_tensors = write
+    checkpoint.write_tensors = write
 
 
 def jump(*steps: str) -> None:

@@ -41,7 +41,7 @@ def test_c7_the_search_finds_what_it_is_for(monkeypatch):
 
         __hash__ = str.__hash__
 
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path: Same("0" * 64))
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: Same("0" * 64))
     wrong = flips.run(100)["wrong"]
     assert any("other content" in line for line in wrong)
     assert all(".safetensors" in line for line in wrong)

@@ -71,7 +71,7 @@ def test_c5_a_second_interrupt_ends_at_once_and_leaves_the_older_checkpoint(tiny
 
 
 def test_c5_a_second_interrupt_while_saving_leaves_nothing_half_written(tiny_cohort, tmp_path, monkeypatch):
-    real = checkpoint._write_tensors
+    real = checkpoint.write_tensors
 
     def interrupted(path, *more):
         if path.name == "optimizer.safetensors":
@@ -81,7 +81,7 @@ def test_c5_a_second_interrupt_while_saving_leaves_nothing_half_written(tiny_coh
 
     with monkeypatch.context() as patch:
         send(patch, 1, signal.SIGINT)
-        patch.setattr(checkpoint, "_write_tensors", interrupted)
+        patch.setattr(checkpoint, "write_tensors", interrupted)
         assert cli(*arguments(tiny_cohort, tmp_path / "r", 5)) == 130
     assert list((tmp_path / "r" / "checkpoints").iterdir()) == []
     assert cli(*arguments(tiny_cohort, tmp_path / "r", 2)) == 0

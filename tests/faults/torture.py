@@ -134,10 +134,10 @@ def hostile(at: Place) -> list[Row]:
             self.passed += report.when == "call" and report.passed
             self.failed += report.failed
 
-    import hostile_checkpoints
     import hostile_data
+    import hostile_use
 
-    kinds = len(hostile_checkpoints.KINDS) + len(hostile_data.KINDS)
+    kinds = len(hostile_use.KINDS) + len(hostile_data.KINDS)
     count = Count()
     files = [str(HERE / name) for name in ("test_hostile_checkpoints.py", "test_reader.py")]
     pytest.main(["-q", "-p", "no:cacheprovider", "-k", "hostile or kind or c9 or c10", *files], plugins=[count])
