@@ -31,15 +31,18 @@ PATIENCE = 8.0  # seconds in which a broken connection is traced to a process
 
 @dataclass
 class Peer:
-    """What another process says of itself: ``beats``, ``met`` (meetings it came to), where it runs, how it left."""
+    """What another process says of itself: ``beats``, ``met`` (meetings it came to), whether it is ``busy`` with what
+    the others wait for, where it runs, how it left."""
 
     beats: int = -1
     met: int = 0
+    busy: bool = False
     host: str = "?"
     pid: int = 0
     left: str | None = None  # "" : all went well; else the line of its error
     exit_code: int = 0
     heard: float = 0.0  # time.monotonic() of its last new beat
+    free: float = 0.0  # and of when it was last not waited for
 
 
 class Alone:
@@ -65,6 +68,11 @@ class Alone:
     def average(self, tensors: list[Tensor]) -> None:
         """Replace every tensor by its mean over the processes."""
 
+    @contextlib.contextmanager
+    def busy(self):
+        """While entered, the others wait for this process as long as it takes: reading a cohort, drawing pictures."""
+        yield
+
 
 class Together(Alone):
     """This process among several, as torchrun's environment says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
@@ -78,7 +86,7 @@ class Together(Alone):
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.first = self.rank == 0
         self._timeout, self._ending = timeout, ending
-        self._met = 0
+        self._met, self._busy = 0, False
         self._waits_since: float | None = None
         self._over = threading.Event()
         self._leaving = threading.Lock()
@@ -87,8 +95,7 @@ class Together(Alone):
         if device.type == "cuda":
             backend = "cpu:gloo,cuda:nccl"
             torch.cuda.set_device(self.local_rank)
-        # The watching thread ends a process long before: this is only for when that fails.
-        patience = datetime.timedelta(seconds=2 * timeout + 60)
+        patience = datetime.timedelta(days=7)  # the watching thread ends a process long before
         store = self._connect(patience, hosts=self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world, timeout=patience)
         # A connection of its own: what the main thread waits for on the other one would hold the beats up.
@@ -134,6 +141,14 @@ class Together(Alone):
             tensor.copy_(part.view_as(tensor))
 
     @contextlib.contextmanager
+    def busy(self):
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    @contextlib.contextmanager
     def _meeting(self):
         self._met += 1
         self._waits_since = time.monotonic()
@@ -152,7 +167,8 @@ class Together(Alone):
 
     def _beat(self, number: int, left: str | None = None, exit_code: int = 0) -> None:
         said = "-" if left is None else "+" + left
-        self._store.set(f"{self.rank}", f"{number} {self._met} {os.getpid()} {exit_code} {platform.node()}\n{said}")
+        about = f"{number} {self._met} {self._busy:d} {os.getpid()} {exit_code} {platform.node()}"
+        self._store.set(f"{self.rank}", f"{about}\n{said}")
 
     def _watch(self) -> None:
         number = 0
@@ -174,10 +190,10 @@ class Together(Alone):
         if not self._store.check([f"{rank}"]):
             return
         head, _, said = self._store.get(f"{rank}").decode().partition("\n")
-        beats, met, pid, exit_code, host = head.split(" ", 4)
+        beats, met, busy, pid, exit_code, host = head.split(" ", 5)
         if int(beats) != peer.beats or said[:1] == "+":
             peer.heard = time.monotonic()
-        peer.beats, peer.met, peer.pid, peer.host = int(beats), int(met), int(pid), host
+        peer.beats, peer.met, peer.busy, peer.pid, peer.host = int(beats), int(met), busy == "1", int(pid), host
         if said[:1] == "+":
             peer.left, peer.exit_code = said[1:], int(exit_code)
 
@@ -195,8 +211,10 @@ class Together(Alone):
                 self._leave(f"{who} is gone", PEER)
             elif now - peer.heard > SILENT and peer.host != platform.node():
                 self._leave(f"{who} has not been heard of for {now - peer.heard:.0f} s", PEER)
-            elif waits is not None and now - waits > self._timeout and peer.met < self._met:
-                self._leave(f"{who} hangs: the others have waited for it for {now - waits:.0f} s", PEER)
+            elif peer.busy or waits is None or peer.met >= self._met:
+                peer.free = now
+            elif now - max(waits, peer.free) > self._timeout:
+                self._leave(f"{who} hangs: the others have waited for it for {now - max(waits, peer.free):.0f} s", PEER)
 
     def _leave(self, what: str, exit_code: int, *, said: bool = False) -> None:
         """End at once, from whichever thread: the main one may be inside a collective that never returns."""
@@ -222,8 +240,20 @@ class Together(Alone):
             self._beat(-2, left, exit_code)
             if problem is None or exit_code in (130, 143):  # all come here together
                 dist.destroy_process_group()
+            else:
+                self._until_heard()
         except Exception:  # the store is gone already; there is nobody left to tell
             pass
+
+    def _until_heard(self) -> None:
+        """Wait a little until the others have heard of the error: the store may end with this process."""
+        until = time.monotonic() + 6 * BEAT
+        while time.monotonic() < until:
+            for rank, peer in self.peers.items():
+                self._hear(rank, peer)
+            if all(peer.left is not None or peer.beats < 0 for peer in self.peers.values()):
+                return
+            time.sleep(BEAT / 5)
 
 
 def _exit_code(problem: BaseException | None) -> int:

@@ -70,11 +70,12 @@ def train(
         if is_several():
             ended = lambda line, code: Status(out, ranks.rank, ranks.world).ended(line, code)  # noqa: E731
             ranks = stack.enter_context(Together(device, timeout=tc.peer_timeout, ending=lambda *how: ended(*how)))
-        refuse_share(tc.batch_size, ranks.world)
         made_here = ranks.first and not out.exists()
-        cohort = data.discover(data_path)
-        split, resumed = start_folder(out, config, cohort, split_file, fold) if ranks.first else ({}, False)
-        if ranks.first:
+        cohort, split, resumed = None, {}, False
+        if ranks.first:  # the others do what there is to do after it, so that an error is told once
+            refuse_share(tc.batch_size, ranks.world)
+            cohort = data.discover(data_path)
+            split, resumed = start_folder(out, config, cohort, split_file, fold)
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
         trainer = Trainer(out, config, ranks, device)
@@ -107,7 +108,8 @@ def _run(trainer: Trainer, split: dict, progress: bool) -> None:
         if ranks.first:
             say(f"{out} already has its {trainer.step} steps; give a larger budget to train on")
         return trainer.status.say("finished", step=trainer.step, exit_code=0)
-    watched = held_out(trainer.cache, split, config, trainer.device) if ranks.first else None
+    with ranks.busy():
+        watched = held_out(trainer.cache, split, config, trainer.device) if ranks.first else None
     begun = time.monotonic()
     first_step, elapsed, last_saved = trainer.step, trainer.before, trainer.before
     pending: list[tuple[int, str, Tensor]] = []  # (step, stage, loss and whether not finite) not looked at yet
@@ -135,17 +137,19 @@ def _run(trainer: Trainer, split: dict, progress: bool) -> None:
         """Validation figure and pictures of the averaged weights, and a checkpoint."""
         psnr = None
         if ranks.first:
-            trainer.ema.swap()
-            psnr = watched.look(trainer.model.eval(), trainer.device, trainer.dtype, out / "pictures", trainer.step)
-            trainer.ema.swap()
+            with ranks.busy():
+                trainer.ema.swap()
+                psnr = watched.look(trainer.model.eval(), trainer.device, trainer.dtype, out / "pictures", trainer.step)
+                trainer.ema.swap()
             trainer.model.train()
             log.write({"step": trainer.step, "seconds": round(elapsed, 3), "val_psnr": psnr})
             say(f"step {trainer.step}, {elapsed:.0f} s: {watched.who}s {psnr:.2f} dB (lookup table "
                 f"{watched.reference:.2f}); picture {out / 'pictures' / f'step-{trainer.step:08d}.png'}")  # fmt: skip
         write_checkpoint(psnr)
         if ranks.first:
-            pictures.curves(out / "pictures" / "curves.png", read_log(out / "log.jsonl"),
-                            reference={"lookup table": watched.reference})  # fmt: skip
+            with ranks.busy():
+                pictures.curves(out / "pictures" / "curves.png", read_log(out / "log.jsonl"),
+                                reference={"lookup table": watched.reference})  # fmt: skip
 
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(Log(out / "log.jsonl", trainer.step)) if ranks.first else None

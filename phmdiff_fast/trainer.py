@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__, checkpoint
+from . import __version__, checkpoint, data
 from .augment import augment, manner
 from .cache import SliceCache, batch_rows
 from .config import Config
@@ -60,21 +60,13 @@ class Trainer:
         config, tc, out = self.config, self.config.train, self.out
         if self.ranks.first:
             self.status.say("starting")
-            remove_unfinished(out)
-            checkpoint.remove_leftovers(out / "checkpoints")
-            cache = open_cache(out, cohort, config, split, progress)
-            rows = rows_of(cache, split["train"])
-            if len(rows) < tc.batch_size:
-                what = f"{len(rows)} training slices for a batch of {tc.batch_size}"
-                raise PhmdiffError("TOO_FEW_SLICES", what, "lower train.batch_size or add subjects", exit_code=DATA,
-                                   file=str(data_path))  # fmt: skip
-            facts = read_facts(out, config) if resumed else self._facts(cache, rows)
-            begin(out, config, split, facts)
+            with self.ranks.busy():
+                cache, facts = self._begin(data_path, cohort, split, resumed, progress)
         self.ranks.max(0.0)  # the others wait until that is there
         if not self.ranks.first:
-            split, facts = read_split(out), read_facts(out, config)
-            cache = SliceCache.open(out / "cache", cohort, [*split["train"], *split["val"]], config.data)
             self.status.say("starting")
+            cohort, split, facts = data.discover(data_path), read_split(out), read_facts(out, config)
+            cache = SliceCache.open(out / "cache", cohort, [*split["train"], *split["val"]], config.data)
         torch.manual_seed(tc.seed)  # initial weights; all later randomness is counter-based
         complexity = facts["complexity"]
         self.model = PHMDiff(config.model, config.data.source_channels, 1, complexity).to(self.device)
@@ -85,6 +77,21 @@ class Trainer:
         self.how = manner(config.data)
         self.cache, self.train_rows = cache, rows_of(cache, split["train"])
         return split
+
+    def _begin(self, data_path, cohort, split, resumed: bool, progress: bool) -> tuple[SliceCache, dict]:
+        """What is done once, by the first process: clear up, read and check the cohort, write what a run has."""
+        config, out, batch = self.config, self.out, self.config.train.batch_size
+        remove_unfinished(out)
+        checkpoint.remove_leftovers(out / "checkpoints")
+        cache = open_cache(out, cohort, config, split, progress)
+        rows = rows_of(cache, split["train"])
+        if len(rows) < batch:
+            raise PhmdiffError("TOO_FEW_SLICES", f"{len(rows)} training slices for a batch of {batch}",
+                               "lower train.batch_size or add subjects", exit_code=DATA,
+                               file=str(data_path))  # fmt: skip
+        facts = read_facts(out, config) if resumed else self._facts(cache, rows)
+        begin(out, config, split, facts)
+        return cache, facts
 
     def _facts(self, cache: SliceCache, rows: np.ndarray) -> dict:
         config = self.config
@@ -119,10 +126,11 @@ class Trainer:
         text = ""
         if self.ranks.first:
             folder = self.out / "checkpoints"
-            if which is not None:
-                latest = checkpoint.named(folder, which)
-            else:
-                latest = checkpoint.newest(folder, warn=lambda line: say(f"{line} An older one is used."))
+            with self.ranks.busy():
+                if which is not None:
+                    latest = checkpoint.named(folder, which)
+                else:
+                    latest = checkpoint.newest(folder, warn=lambda line: say(f"{line} An older one is used."))
             if latest is None and checkpoint.found(folder):
                 raise PhmdiffError("NO_CHECKPOINT", "holds no checkpoint that is whole",
                                    "remove its checkpoints to begin again, or choose another --out",

@@ -119,6 +119,18 @@ def trace(path: str) -> None:
     trainer.Trainer.update = update
 
 
+def slow_start(seconds: str) -> None:
+    """Reading the cohort takes so long, and so do the pictures."""
+    real = trainer.open_cache
+
+    def slowly(*given):
+        time.sleep(float(seconds))
+        return real(*given)
+
+    trainer.open_cache = slowly
+    held_out.HeldOut.look = lambda *_: time.sleep(float(seconds)) or 20.0
+
+
 def slow(seconds: str) -> None:
     """Every step takes at least so long."""
     real = trainer.learning_rate

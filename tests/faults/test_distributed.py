@@ -94,6 +94,19 @@ def test_r5_a_hung_rank_is_named_and_all_end(zygote, tiny_cohort, tmp_path, hook
     second.kill()
 
 
+def test_r5_a_rank_that_is_busy_does_not_hang(zygote, tiny_cohort, tmp_path):
+    """Reading a cohort and drawing pictures may take longer than a hung process is waited for."""
+    arguments = [*command(tiny_cohort, tmp_path / "run", steps=2), "--set", "train.peer_timeout=2"]
+    ended = zygote.start_ranks(arguments, 2, hooks={0: "plain;slow_start:4", 1: "plain"})
+    assert [child.wait() for child in ended] == [0, 0], ended[1].err
+
+
+def test_an_error_that_all_would_make_is_said_once(zygote, tiny_cohort, tmp_path):
+    ended = run_all(zygote, command(tmp_path / "nothing", tmp_path / "run"), 2)
+    assert [child.status for child in ended] == [3, 3]
+    assert "".join(child.err for child in ended).count("error[") == 1
+
+
 def test_r5_an_error_of_one_rank_is_said_once_and_gives_all_its_exit_code(zygote, tiny_cohort, tmp_path):
     arguments = [*command(tiny_cohort, tmp_path / "run"), "--set", "train.workers=1"]
     ended = run_all(zygote, arguments, 2, only="worker:raise,3")
