@@ -73,6 +73,9 @@ class Alone:
         """While entered, the others wait for this process as long as it takes: reading a cohort, drawing pictures."""
         yield
 
+    def part(self) -> None:
+        """After the last meeting: from here on each ends by itself."""
+
 
 class Together(Alone):
     """This process among several, as torchrun's environment says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
@@ -147,6 +150,9 @@ class Together(Alone):
             yield
         finally:
             self._busy = False
+
+    def part(self) -> None:
+        self._over.set()
 
     @contextlib.contextmanager
     def _meeting(self):
@@ -232,13 +238,13 @@ class Together(Alone):
             os._exit(exit_code)
 
     def __exit__(self, kind, problem, trace) -> None:
+        together = problem is None or self._over.is_set()
         self._over.set()
         self._watching.join(BEAT + SILENT)
-        exit_code = _exit_code(problem)
-        left = "" if problem is None else str(problem) if isinstance(problem, PhmdiffError) else kind.__name__
+        left = "" if together else str(problem) if isinstance(problem, PhmdiffError) else kind.__name__
         try:
-            self._beat(-2, left, exit_code)
-            if problem is None or exit_code in (130, 143):  # all come here together
+            self._beat(-2, left, _exit_code(problem))
+            if together:
                 dist.destroy_process_group()
             else:
                 self._until_heard()

@@ -132,4 +132,20 @@ def locked(folder: str | Path) -> Iterator[None]:
         with writing(path, cure):
             file.truncate(0)
             file.write(f"pid {os.getpid()} on {platform.node()}\n".encode())
-        yield
+        _HELD.add(file)
+        try:
+            yield
+        finally:
+            _HELD.discard(file)
+
+
+def _let_go() -> None:
+    """In a forked process: a lock that it shared, as a loader's worker would, would outlive its holder."""
+    for file in _HELD:
+        file.close()
+    _HELD.clear()
+
+
+_HELD: set = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

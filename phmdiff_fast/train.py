@@ -236,6 +236,7 @@ def _run(trainer: Trainer, split: dict, progress: bool) -> None:
             save()
         writer.wait()
         ranks.max(0.0)  # nobody leaves before all is written
+        ranks.part()
     trainer.status.say(
         "stopped" if asked else "finished", step=trainer.step, exit_code=128 + int(asked) if asked else 0
     )

@@ -120,7 +120,8 @@ def cells(count: int | None = None) -> list[tuple[dict, str]]:
     """All (way, moment), or ``count`` of them with every way and every moment about equally often."""
     if count is None:
         return list(itertools.product(WAYS, MOMENTS))
-    ways, moments = itertools.cycle(WAYS), itertools.cycle(MOMENTS)
+    mixed = random.Random(1).sample(WAYS, len(WAYS))  # in order the first would be all without workers
+    ways, moments = itertools.cycle(mixed), itertools.cycle(MOMENTS)
     return [(next(ways), next(moments)) for _ in range(count)]
 
 

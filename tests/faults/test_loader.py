@@ -10,6 +10,7 @@ import pytest
 import torch
 from cells import bits, command, newest
 
+from phmdiff_fast.files import locked
 from phmdiff_fast.loader import Loader
 
 
@@ -64,6 +65,19 @@ def test_r4_a_worker_that_is_lost_is_named_with_its_slices(zygote, tiny_cohort, 
     assert zygote.run(command(tiny_cohort, tmp_path / "run"), hook="plain").status == 0  # with no workers at all
     zygote.run(command(tiny_cohort, tmp_path / "through"), hook="plain")
     assert bits(tmp_path / "run") == bits(tmp_path / "through")
+
+
+def test_c11_workers_do_not_keep_the_lock_of_a_training_that_was_killed(zygote, tiny_cohort, tmp_path):
+    """They live on for some seconds, until they notice; the next start comes at once."""
+    from zygote import wait_for
+
+    run = tmp_path / "run"
+    child = zygote.start(command(tiny_cohort, run, steps=1_000_000, workers=2), hook="plain")
+    wait_for(lambda: newest(run) is not None)
+    child.kill()
+    child.wait()
+    with locked(run):
+        pass
 
 
 def test_c4_a_signal_to_the_whole_group_reaches_workers_too(zygote, tiny_cohort, tmp_path):
