@@ -24,13 +24,13 @@ class PhmdiffError(Exception):
     def __init__(self, code, what, cure="", *, exit_code=DATA, subject=None, contrast=None, file=None):
         self.code, self.what, self.cure, self.exit_code = code, what, cure, exit_code
         self.subject, self.contrast = subject, contrast
-        self.file = None if file is None else _printable(str(file))
+        self.file = None if file is None else str(file)
         super().__init__(self.line())
 
     def line(self) -> str:
         """The one line that is printed, without the program's name."""
         who = "/".join(part for part in (self.subject, self.contrast) if part)
-        where = " ".join(part for part in (who, self.file) if part)
+        where = " ".join(part for part in (who, _printable(self.file or "")) if part)
         text = f"error[{self.code}] " + (f"{where}: " if where else "") + self.what.rstrip(".") + "."
         return text + (f" {self.cure.rstrip('.')}." if self.cure else "")
 

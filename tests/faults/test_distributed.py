@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from cells import command, newest, run_all
+from cells import command, newest, run_all, said_written
 from zygote import free_port, wait_for
 
 from phmdiff_fast.distributed import SILENT
@@ -75,7 +75,8 @@ def test_r5_a_killed_rank_is_named_and_the_others_end_with_7(zygote, tiny_cohort
     mine = statuses(run)[1 - who]
     assert (mine["exit_code"], mine["state"]) == (7, "failed")
     assert "PEER_LOST" in mine["error"]
-    assert newest(run).step == 4
+    assert newest(run).step in (2, 4)  # that of step 4 may have been on its way
+    assert newest(run).step >= said_written(run)
     assert [child.status for child in run_all(zygote, command(tiny_cohort, run), 2)] == [0, 0]
 
 
@@ -83,7 +84,7 @@ def test_r5_a_killed_rank_is_named_and_the_others_end_with_7(zygote, tiny_cohort
 def test_r5_a_hung_rank_is_named_and_all_end(zygote, tiny_cohort, tmp_path, hook):
     arguments = [*command(tiny_cohort, tmp_path / "run"), "--set", f"train.peer_timeout={TIMEOUT}"]
     first, second = zygote.start_ranks(arguments, 2, hooks={0: "plain", 1: f"plain;{hook}"})
-    wait_for(lambda: newest(tmp_path / "run") is not None and newest(tmp_path / "run").step == 4)
+    wait_for(lambda: newest(tmp_path / "run") is not None and newest(tmp_path / "run").step >= 2)
     begun = time.monotonic()
     assert first.wait(60) == 7
     assert time.monotonic() - begun < TIMEOUT + 5

@@ -35,7 +35,7 @@ FAULTS = [
     (FOLDER, 'if record["step"] <= step]', "]", "the log keeps what was lost"),
     (FOLDER, '"stopped" if exit_code in (130, 143) else "failed"', '"failed"', "state in status.json"),
     (RANKS, "        flat /= self.world\n", "", "gradients added, not averaged"),
-    (RANKS, "peer.met < self._met", "peer.met <= self._met", "those who wait are named too"),
+    (RANKS, "or peer.met >= self._met:", "or peer.met > self._met:", "those who wait are named too"),
     (RANKS, "and not _runs(peer.pid)", "and False", "a dead process is seen late"),
     (RANKS, "os._exit(exit_code)", "os._exit(1)", "exit code of a lost process"),
     (RANKS, "phmdiff-fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", "phmdiff-fast", "restarts share names"),
