@@ -8,6 +8,7 @@ Ends with 1 if a row misses its goal. ``--share`` does that part of every row. M
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -152,7 +153,8 @@ def hostile(at: Place) -> list[Row]:
     kinds = len(hostile_use.KINDS) + len(hostile_data.KINDS)
     count = Count()
     files = [str(HERE / name) for name in ("test_hostile_checkpoints.py", "test_reader.py")]
-    pytest.main(["-q", "-p", "no:cacheprovider", "-k", "hostile or kind or c9 or c10", *files], plugins=[count])
+    with open(at.folder / "pytest.txt", "w") as said, contextlib.redirect_stdout(said):
+        pytest.main(["-q", "-p", "no:cacheprovider", "-k", "hostile or kind or c9 or c10", *files], plugins=[count])
     figure = f"{count.passed} tests passed, {count.failed} failed"
     good = kinds >= 30 and not count.failed
     return [Row("hostile files", f"{kinds} kinds", figure, ">= 30 kinds, none executed", good)]
