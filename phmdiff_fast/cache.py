@@ -8,7 +8,6 @@ slices are the n rows and those neighbours of theirs that are no rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -23,7 +22,7 @@ import numpy as np
 from .config import DataConfig
 from .data import Cohort, Progress, Seen, load_subject, seen_now
 from .errors import IO, PhmdiffError
-from .files import sync_folder
+from .files import sha256_of, sync_folder
 from .grid import HU_CONTRASTS, InPlane, Scaling, fill_for, neighbours, scaling_for
 
 VERSION = 2
@@ -316,18 +315,10 @@ def _settings(data_config: DataConfig) -> dict:
 def _file_facts(path: Path, subject: str, contrast: str) -> dict:
     try:
         facts = os.stat(path)
-        return {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "sha256": _sha256(path)}
+        return {"path": str(path), "size": facts.st_size, "mtime_ns": facts.st_mtime_ns, "sha256": sha256_of(path)}
     except OSError as problem:
         raise PhmdiffError("UNREADABLE", f"cannot be read ({problem.strerror})", "check path and permissions",
                            subject=subject, contrast=contrast, file=path) from None  # fmt: skip
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _read_index(folder: Path) -> tuple[dict, str | None]:
@@ -372,7 +363,7 @@ def _file_changed(path: Path, facts: dict) -> bool:
         now = os.stat(path)
         if now.st_size != facts["size"]:
             return True
-        return now.st_mtime_ns != facts["mtime_ns"] and _sha256(path) != facts["sha256"]
+        return now.st_mtime_ns != facts["mtime_ns"] and sha256_of(path) != facts["sha256"]
     except OSError:
         return True  # reading it says why
 

@@ -43,13 +43,13 @@ from .checkpoint_format import (
     read_header,
     refuse_irregular,
     refuse_pickles,
-    sha256_of,
     shapes_of,
     short,
     write_tensors,
 )
 from .config import Config, differing
 from .errors import CHECKPOINT, IO, PhmdiffError
+from .files import sha256_of
 
 VERIFIED = 2  # checkpoints that verify and are never removed
 TEMPORARY = ".tmp-"

@@ -147,14 +147,6 @@ def _unsafe(path: Path, name: str = "") -> PhmdiffError:
                         file=path)  # fmt: skip
 
 
-def sha256_of(path: Path) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            total.update(chunk)
-    return total.hexdigest()
-
-
 def refuse_irregular(path: Path) -> None:
     """Raise ValueError for a link, which may lead anywhere, a pipe, which would be waited for, and a device."""
     if not stat.S_ISREG(path.lstat().st_mode):

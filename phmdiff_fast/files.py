@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -97,6 +98,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """``value`` as indented JSON. Raises OUTPUT_WRITE as ``whole_file``."""
     with whole_file(path) as file:
         file.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            total.update(chunk)
+    return total.hexdigest()
 
 
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
