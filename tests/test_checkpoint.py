@@ -120,3 +120,12 @@ def test_nothing_is_pickled(tmp_path):
     folder = checkpoint.save(tmp_path, 1, groups(), {}, keep=1)
     assert {p.suffix for p in folder.iterdir()} == {".safetensors", ".json"}
     assert set(json.loads((folder / "manifest.json").read_text())["files"]) == {"model.safetensors", "ema.safetensors"}
+
+
+def test_processes_share_the_bytes():
+    tensors = {f"w{n}": torch.zeros(n) for n in range(1, 40)}
+    parts = [checkpoint.share({"model": tensors, "ema": tensors}, rank, 3) for rank in range(3)]
+    sizes = [sum(value.nbytes for group in part.values() for value in group.values()) for part in parts]
+    assert max(sizes) - min(sizes) <= 4 * 39
+    for group in ("model", "ema"):
+        assert sorted(name for part in parts for name in part[group]) == sorted(tensors)

@@ -1,7 +1,7 @@
 """Faults planted in what keeps a training: checkpoints, resume, signals, processes; see tests/mutants.py."""
 
 TESTS = ("faults/test_resume", "faults/test_distributed", "faults/test_guards", "faults/test_loader",
-         "faults/test_signals", "faults/test_hostile_checkpoints", "faults/test_flips", "checkpoint")  # fmt: skip
+         "faults/test_signals", "faults/test_hostile_checkpoints", "faults/test_flips", "faults/test_injection", "checkpoint")  # fmt: skip
 MODULE = "phmdiff_fast.train"
 
 CHECKPOINT, WRITER = "phmdiff_fast/checkpoint.py", "phmdiff_fast/checkpoint_writer.py"
@@ -14,7 +14,6 @@ FAULTS = [
     (FORMAT, "            total.update(data)\n", "            total.update(data[:8])\n", "half of a file hashed"),
     (FORMAT, 'text += b" " * (-len(text) % 8)', 'text += b""', "tensors not aligned"),
     (CHECKPOINT, "lightest = load.index(min(load))", "lightest = 0", "one process writes all"),
-    (CHECKPOINT, "    optimizer.state.clear()\n", "", "states of steps after the checkpoint stay"),
     (CHECKPOINT, "[1]) > step:", "[1]) >= step:", "the one gone back to is set aside too"),
     (WRITER, "return held.copy_(value.detach(), non_blocking=value.is_cuda)", "return value.detach()", "not copied"),
     (WRITER, "        self.wait()\n        mine", "        mine", "two writings at once"),
