@@ -1,7 +1,8 @@
 """Faults planted in what keeps a training: checkpoints, resume, signals, processes; see tests/mutants.py."""
 
 TESTS = ("faults/test_resume", "faults/test_distributed", "faults/test_guards", "faults/test_loader",
-         "faults/test_signals", "faults/test_hostile_checkpoints", "faults/test_flips", "faults/test_injection", "checkpoint")  # fmt: skip
+         "faults/test_signals", "faults/test_hostile_checkpoints", "faults/test_flips",
+         "faults/test_injection", "checkpoint")  # fmt: skip
 MODULE = "phmdiff_fast.train"
 
 CHECKPOINT, WRITER = "phmdiff_fast/checkpoint.py", "phmdiff_fast/checkpoint_writer.py"
