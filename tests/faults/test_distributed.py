@@ -144,7 +144,8 @@ def test_c11_an_elastic_restart_goes_on(tiny_cohort, tmp_path):
         "        return real(config, step, share)\n"
         "    trainer.learning_rate = rate\n"
     )
-    job = torchrun(command(tiny_cohort, run), "--max-restarts=1", env={"PYTHONPATH": str(tmp_path)})
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    job = torchrun(command(tiny_cohort, run), "--max-restarts=1", env={"PYTHONPATH": path})
     _, err = job.communicate(timeout=120)
     assert job.returncode == 0, err
     assert marker.exists()
