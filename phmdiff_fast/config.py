@@ -153,6 +153,12 @@ class TrainConfig(Settings):
     seed: int = Field(0, ge=0, lt=2**32)
     deterministic: bool = False  # only operations that give the same bits every time; needs steps, not minutes
     micro_batch: int | None = Field(None, ge=1)  # images a device computes at a time; None: as many as its memory holds
+    recompute: bool = False  # activation checkpointing: less memory, a third more arithmetic
+    attention: Literal["auto", "short", "varlen", "fa3", "xformers", "sdpa", "products"] = "auto"  # docs/TRAINING.md
+    compile: Literal["auto", "off", "blocks"] = "auto"  # torch.compile of a block; auto: on a GPU
+    cuda_graph: Literal["auto", "off", "on"] = "auto"  # the whole step as one launch; auto: up to 64 images a GPU
+    data_device: Literal["cpu", "cuda"] = "cpu"  # where the training slices lie: read batch by batch, or all on the GPU
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: whole copies of the weights, or each a share of them
     on_spike: Literal["warn", "skip", "rollback", "stop"] = "warn"  # a loss far above the last 200 (10 MAD)
     workers: int = Field(0, ge=0, le=64)  # processes that read batches ahead
     worker_timeout: float = Field(60.0, gt=0)  # seconds until a silent worker counts as hung
@@ -175,6 +181,7 @@ FREE = {
     "data.max_volume_gib", "data.skip_incomplete", "train.minutes", "train.steps", "train.device", "train.keep",
     "train.deterministic", "train.on_spike", "train.workers", "train.worker_timeout", "train.peer_timeout",
     "train.checkpoint_every", "train.checkpoint_steps", "train.micro_batch",
+    "train.recompute", "train.attention", "train.compile", "train.cuda_graph", "train.data_device", "train.parallel",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # -> kernels and the extension. A module may import from strictly lower ranks only.
 RANKS = [
     ["errors"],
-    ["config", "progress", "files", "html_page", "distributed", "kernel_caches"],
+    ["config", "progress", "files", "html_page", "distributed", "kernel_caches", "packing"],
     ["signals"],
     ["kernels._impl"],
     ["kernels._extension"],
