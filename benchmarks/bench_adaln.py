@@ -73,12 +73,13 @@ def _floor(inputs: Inputs) -> tuple[int, int]:
 
 
 def _case(op: str, name: str, lengths: list[int], width: int, types: str, tag: str, packed: bool = False) -> Case:
+    ours = "extension" if tag == "cpu" else "triton"
     rows = f"T {sum(lengths)} of {len(lengths)}" if packed else f"B {len(lengths)}, N {lengths[0]}"
     return Case(
         op,
         f"{name}: {rows}, D {width}, {types}",
         _make(op, lengths, packed, width, types),
-        {"literal": _literal, "eager": _ours(op, "reference"), "triton": _ours(op, "triton")},
+        {"literal": _literal, "eager": _ours(op, "reference"), ours: _ours(op, ours)},
         _floor,
         tags=frozenset({tag}),
     )
@@ -117,6 +118,13 @@ for _op in NAMES:
             _case(_op, "XL", [256] * 32, 1152, _types, "large"),
         ]
     CASES.append(_case(_op, "s4", [64] * 4, 384, "fp32", "small"))
+    # Training on a CPU: 32 slices of the small presets, all tokens and masked at 75 %.
+    for _types in TYPES:
+        CASES += [
+            _case(_op, "xs", [256] * 32, 192, _types, "cpu"),
+            _case(_op, "xs masked", [64] * 32, 192, _types, "cpu"),
+            _case(_op, "s4 packed", _ragged(32, 256), 384, _types, "cpu", packed=True),
+        ]
 
 CASES = tagged(
     CASES, "check", "b4: B 512, N 256, D 768, bf16, x fp32", "XL: B 256, N 256, D 1152, bf16",

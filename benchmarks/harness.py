@@ -17,7 +17,6 @@ Medians throughout.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import gc
 import importlib
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Inputs
+from phmdiff_fast.device import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = ("forward", "backward")
@@ -303,18 +303,6 @@ def seconds(call: Callable[[], object], device: torch.device, *, flush: bool = F
     end.record()
     end.synchronize()
     return start.elapsed_time(end) * 1e-3 / calls
-
-
-@lru_cache
-def keep_freed_memory() -> bool:
-    """Have glibc keep what is freed, so that on a CPU outputs are reused and page faults, which cost more than
-    most operations here, are timed for no variant. False where there is no glibc."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return False
-    never_map, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
-    return bool(mallopt(*never_map) and mallopt(*never_trim))
 
 
 def plan(call: Callable[[], object], device: torch.device, *, flush: bool, budget: float = 0.5) -> tuple[int, int]:

@@ -15,6 +15,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(phmdiff_fast, m) {
   m.def("merge_backward(Tensor grad, Tensor? abar, Tensor? weight, bool y, bool eps, bool coarse) -> Tensor[]");
   m.def("haar3d(Tensor x) -> Tensor");
   m.def("inverse_haar3d(Tensor bands, SymInt x, SymInt y, SymInt z) -> Tensor");
+  m.def("adaln_modulate_cpu(Tensor x, Tensor shift, Tensor scale, Tensor? cu_tokens, float eps) -> Tensor");
+  m.def("gated_residual_adaln_cpu(Tensor x, Tensor h, Tensor gate, Tensor shift, Tensor scale, Tensor? cu_tokens, "
+        "float eps) -> (Tensor, Tensor)");
+  m.def("adaln_backward_cpu(Tensor? dy, Tensor? dnew, Tensor x, Tensor? h, Tensor? gate, Tensor scale, "
+        "Tensor? cu_tokens, float eps, bool needs_x, bool needs_h, bool needs_gate, bool needs_shift, "
+        "bool needs_scale) -> Tensor[]");
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("gelu_backward(Tensor dy, Tensor x) -> Tensor");
   m.def("philox_normals(Tensor sample_ids, SymInt num, " PHM_DRAW ") -> Tensor");
   m.def("philox_integers(Tensor sample_ids, SymInt num, " PHM_DRAW ") -> Tensor");
 }
@@ -31,7 +39,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(phmdiff_fast, m) {
   m.impl("philox_normals", TORCH_BOX(&phmdiff::philox_normals));                 \
   m.impl("philox_integers", TORCH_BOX(&phmdiff::philox_integers))
 
-STABLE_TORCH_LIBRARY_IMPL(phmdiff_fast, CPU, m) { PHM_IMPLEMENT(m); }
+STABLE_TORCH_LIBRARY_IMPL(phmdiff_fast, CPU, m) {
+  PHM_IMPLEMENT(m);
+  // On a GPU, Triton does these (kernels/adaln.py), or the compiler within a product (kernels/gelu.py).
+  m.impl("adaln_modulate_cpu", TORCH_BOX(&phmdiff::adaln_modulate));
+  m.impl("gated_residual_adaln_cpu", TORCH_BOX(&phmdiff::gated_residual_adaln));
+  m.impl("adaln_backward_cpu", TORCH_BOX(&phmdiff::adaln_backward));
+  m.impl("gelu", TORCH_BOX(&phmdiff::gelu));
+  m.impl("gelu_backward", TORCH_BOX(&phmdiff::gelu_backward));
+}
 #if defined(PHM_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(phmdiff_fast, CUDA, m) { PHM_IMPLEMENT(m); }
 #endif

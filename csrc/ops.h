@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "common/args.h"
@@ -26,6 +27,19 @@ std::vector<Tensor> merge_backward(const Tensor& grad, const std::optional<Tenso
 
 Tensor haar3d(const Tensor& x);
 Tensor inverse_haar3d(const Tensor& bands, int64_t x, int64_t y, int64_t z);
+
+Tensor adaln_modulate(const Tensor& x, const Tensor& shift, const Tensor& scale,
+                      const std::optional<Tensor>& cu_tokens, double eps);
+std::tuple<Tensor, Tensor> gated_residual_adaln(const Tensor& x, const Tensor& h, const Tensor& gate,
+                                                const Tensor& shift, const Tensor& scale,
+                                                const std::optional<Tensor>& cu_tokens, double eps);
+std::vector<Tensor> adaln_backward(const std::optional<Tensor>& dy, const std::optional<Tensor>& dnew, const Tensor& x,
+                                   const std::optional<Tensor>& h, const std::optional<Tensor>& gate,
+                                   const Tensor& scale, const std::optional<Tensor>& cu_tokens, double eps,
+                                   bool needs_x, bool needs_h, bool needs_gate, bool needs_shift, bool needs_scale);
+
+Tensor gelu(const Tensor& x);
+Tensor gelu_backward(const Tensor& dy, const Tensor& x);
 
 Tensor philox_normals(const Tensor& sample_ids, int64_t num, int64_t seed, int64_t step,
                       const std::optional<Tensor>& seed_at, const std::optional<Tensor>& step_at, int64_t stream);

@@ -24,6 +24,10 @@ most), and none for samples of fewer than 128 rows. It keeps x (x' of the gated 
 where h needs a gradient and h where gate does, and recomputes the statistics. Sums are added in an
 order that depends on a sample's own rows alone: the same bits at every run and batch split.
 
+On a CPU the C++ extension does the same (csrc/adaln.cpp; _adaln_ops.py registers it) for float32, bfloat16 and
+their mix: one pass over the rows each way, sums in one order at any number of threads. float64 and float16 run the
+reference there.
+
 Limits: D in registers, so D up to 4096 is what it is made for (larger ones run and spill); no
 double backward (RuntimeError) but in the reference; an input whose last stride is not 1 is copied.
 """
@@ -34,16 +38,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._impl import choose
+from . import _adaln_ops, _extension
+from ._impl import BackendError, choose, common_device, forward_mode
 
 EPS = 1e-6
+F32, BF16 = torch.float32, torch.bfloat16
+EXTENSION_TYPES = ((F32, F32), (F32, BF16), (BF16, BF16))  # of x and of the rest
 
 
-def _rows(v: Tensor, cu_tokens: Tensor | None) -> Tensor:
+def _rows(v: Tensor, cu_tokens: Tensor | None, x: Tensor) -> Tensor:
     """Per-sample vectors to where they broadcast over x: (B, 1, D), or (T, D) for packed rows."""
     if cu_tokens is None:
         return v[:, None]
-    return v.repeat_interleave((cu_tokens[1:] - cu_tokens[:-1]).long(), dim=0)
+    # Told the size, it need not read the lengths to know how large its result is.
+    return v.repeat_interleave((cu_tokens[1:] - cu_tokens[:-1]).long(), dim=0, output_size=x.shape[0])
 
 
 def _statistics_type(x: Tensor) -> torch.dtype:
@@ -54,14 +62,14 @@ def adaln_modulate_reference(x, shift, scale, *, cu_tokens=None):
     wide = _statistics_type(x)
     with torch.autocast(x.device.type, enabled=False):
         normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS)
-        y = torch.addcmul(_rows(shift, cu_tokens).to(wide), normed, 1 + _rows(scale, cu_tokens).to(wide))
+        y = torch.addcmul(_rows(shift, cu_tokens, x).to(wide), normed, 1 + _rows(scale, cu_tokens, x).to(wide))
         return y.to(shift.dtype)
 
 
 def gated_residual_adaln_reference(x, h, gate, shift, scale, *, cu_tokens=None):
     wide = _statistics_type(x)
     with torch.autocast(x.device.type, enabled=False):
-        x = torch.addcmul(x.to(wide), _rows(gate, cu_tokens).to(wide), h.to(wide)).to(x.dtype)
+        x = torch.addcmul(x.to(wide), _rows(gate, cu_tokens, x).to(wide), h.to(wide)).to(x.dtype)
     return x, adaln_modulate_reference(x, shift, scale, cu_tokens=cu_tokens)
 
 
@@ -171,6 +179,32 @@ def _check(op: str, x: Tensor, tokens: dict[str, Tensor], vectors: dict[str, Ten
         raise TypeError(f"{op}: x is {x.dtype}; use a floating type")
 
 
+def _chosen(op: str, impl: str | None, tensors: dict[str, Tensor | None]) -> str:
+    """The extension where it runs (forced, or left open for CPU tensors), else what ``choose`` says."""
+    if impl == "extension":
+        common_device(op, tensors)
+        if why := _why_not_extension(tensors):
+            raise BackendError(f"{op}: impl='extension' cannot run here: {why}")
+        return impl
+    chosen = choose(op, impl, tensors)
+    if chosen == "reference" and impl is None and tensors["x"].device.type == "cpu":
+        if missing := _extension.problem():
+            _extension.warn_once(op, missing)
+        elif not _why_not_extension(tensors):
+            return "extension"
+    return chosen
+
+
+def _why_not_extension(tensors: dict[str, Tensor | None]) -> str:
+    """Why the extension does not take these; empty if it does."""
+    x, scale = tensors["x"], tensors["scale"]
+    if x.device.type != "cpu":
+        return f"adaLN of the extension runs on CPU tensors, not on {x.device.type}"
+    if (x.dtype, scale.dtype) not in EXTENSION_TYPES:
+        return f"x is {str(x.dtype)[6:]} beside {str(scale.dtype)[6:]}, which only the reference computes on a CPU"
+    return _extension.problem() or forward_mode()
+
+
 def adaln_modulate(
     x: Tensor, shift: Tensor, scale: Tensor, *, cu_tokens: Tensor | None = None, impl: str | None = None
 ) -> Tensor:
@@ -183,7 +217,10 @@ def adaln_modulate(
     """
     _check("adaln_modulate", x, {}, {"shift": shift, "scale": scale}, cu_tokens)
     given = {"x": x, "shift": shift, "scale": scale, "cu_tokens": cu_tokens}
-    if choose("adaln_modulate", impl, given) == "triton":
+    chosen = _chosen("adaln_modulate", impl, given)
+    if chosen == "extension":
+        return _adaln_ops.ops.adaln_modulate_cpu(x, shift, scale, cu_tokens, EPS)
+    if chosen == "triton":
         return torch.ops.phmdiff_fast.adaln_modulate(x, shift, scale, cu_tokens)
     return adaln_modulate_reference(x, shift, scale, cu_tokens=cu_tokens)
 
@@ -201,6 +238,9 @@ def gated_residual_adaln(
     """
     _check("gated_residual_adaln", x, {"h": h}, {"gate": gate, "shift": shift, "scale": scale}, cu_tokens)
     given = {"x": x, "h": h, "gate": gate, "shift": shift, "scale": scale, "cu_tokens": cu_tokens}
-    if choose("gated_residual_adaln", impl, given) == "triton":
+    chosen = _chosen("gated_residual_adaln", impl, given)
+    if chosen == "extension":
+        return _adaln_ops.ops.gated_residual_adaln_cpu(x, h, gate, shift, scale, cu_tokens, EPS)
+    if chosen == "triton":
         return torch.ops.phmdiff_fast.gated_residual_adaln(x, h, gate, shift, scale, cu_tokens)
     return gated_residual_adaln_reference(x, h, gate, shift, scale, cu_tokens=cu_tokens)

@@ -127,13 +127,18 @@ def check(data, sources, target, split, html, nan, max_volume_gib, overwrite, qu
 @click.option("--deterministic", is_flag=True, help="The same bits every time on the same machine; needs --steps.")
 @click.option("--on-spike", type=click.Choice(["warn", "skip", "rollback", "stop"]), help="When the loss jumps: say "
               "so, leave the step out, go back to the last checkpoint, or stop.  [default: warn]")  # fmt: skip
+@click.option("--data-device", type=click.Choice(["cpu", "cuda"]), help="Read batches as they are needed, or keep all "
+              "training slices in the GPU's memory.  [default: cpu]")  # fmt: skip
+@click.option("--parallel", type=click.Choice(["ddp", "fsdp"]), help="Under torchrun: a whole copy of the weights in "
+              "each process, or a share of them.  [default: ddp]")  # fmt: skip
+@click.option("--profile", is_flag=True, help="Record five steps: a trace, a table of time per stage; in OUT/profile.")
 @NAN
 @MAX_GIB
 @DEVICE
 @QUIET
 def train(data, sources, target, out, preset, minutes, steps, image_size, axis, context_slices, hu_window,
           config_file, settings, split, fold, skip_incomplete, seed, resume, workers, deterministic, on_spike,
-          nan, max_volume_gib, device, quiet) -> None:  # fmt: skip
+          data_device, parallel, profile, nan, max_volume_gib, device, quiet) -> None:  # fmt: skip
     """Train a model on a cohort: masked pre-training, then unmasked fine-tuning.
 
     The same command goes on where an interrupted training stopped. On several devices:
@@ -153,6 +158,7 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
              ("train", "minutes", minutes), ("train", "steps", steps), ("train", "seed", seed),
              ("train", "device", device if device != "auto" else None), ("train", "workers", workers),
              ("train", "deterministic", deterministic or None), ("train", "on_spike", on_spike),
+             ("train", "data_device", data_device), ("train", "parallel", parallel),
              ("data", "nan", nan), ("data", "max_volume_gib", max_volume_gib)]  # fmt: skip
     for table, key, value in given:
         if value is not None:
@@ -174,7 +180,8 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 
     from .train import train as run_training
 
-    run_training(data, out, config, split_file=split, fold=_fold(fold), resume=resume, progress=not quiet)
+    run_training(data, out, config, split_file=split, fold=_fold(fold), resume=resume, progress=not quiet,
+                 profile=profile)  # fmt: skip
 
 
 @cli.command()

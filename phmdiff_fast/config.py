@@ -112,6 +112,8 @@ class ModelConfig(Settings):
                 raise ValueError(f"{name} {width} must be a multiple of 4 and of 2 x its heads ({heads})")
         if self.beta_end < self.beta_start:
             raise ValueError("beta_end is below beta_start")
+        if not any(level.weight for level in self.levels):
+            raise ValueError("the weight of every level is 0")
         if self.coarse_noise > self.timesteps:
             raise ValueError(f"coarse_noise {self.coarse_noise} is more than the {self.timesteps} timesteps")
         if self.decoder_input == "token" and (self.reading == "diffmae" or self.learn_variance):
@@ -155,7 +157,7 @@ class TrainConfig(Settings):
     micro_batch: int | None = Field(None, ge=1)  # images a device computes at a time; None: as many as its memory holds
     recompute: bool = False  # activation checkpointing: less memory, a third more arithmetic
     attention: Literal["auto", "short", "varlen", "fa3", "xformers", "sdpa", "products"] = "auto"  # docs/TRAINING.md
-    compile: Literal["auto", "off", "blocks"] = "auto"  # torch.compile of a block; auto: on a GPU
+    compile: Literal["auto", "off", "blocks", "max-autotune"] = "auto"  # torch.compile of a block; auto: on a GPU
     cuda_graph: Literal["auto", "off", "on"] = "auto"  # the whole step as one launch; auto: up to 64 images a GPU
     data_device: Literal["cpu", "cuda"] = "cpu"  # where the training slices lie: read batch by batch, or all on the GPU
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: whole copies of the weights, or each a share of them

@@ -1,6 +1,7 @@
 """Several processes that train one model: who is who, what they agree on, and what happens when one is lost.
 
-``torchrun --nproc-per-node N -m phmdiff_fast train ...`` starts them; each takes its share of every batch.
+``torchrun --nproc-per-node N -m phmdiff_fast train ...`` starts them; each takes its share of every batch
+(``parallel``), and of the batches of ``sample`` and ``evaluate`` (``deal``).
 A thread in each tells the others twice a second that it is there (a beat), and how many times it has come to a
 meeting (a collective operation). A process that is gone, or that the others have waited for too long, is named,
 and all that are left end with exit code 7: a step that misses a process' gradients cannot be finished.
@@ -15,7 +16,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ from .errors import PEER, USAGE, PhmdiffError
 BEAT = 0.5  # seconds
 SILENT = 6.0  # seconds without a beat after which a process of another machine counts as gone
 PATIENCE = 8.0  # seconds in which a broken connection is traced to a process
+GLANCE = 3 * BEAT  # and in which it is looked whether another error comes of a lost process
+CONNECTION = ("gloo", "nccl", "connection", "socket")  # words of what torch raises when one breaks
 
 
 @dataclass
@@ -68,8 +71,35 @@ class Alone:
     def average(self, tensors: list[Tensor]) -> None:
         """Replace every tensor by its mean over the processes."""
 
+    def total(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over the processes; on its own device, which is not waited for."""
+
+    def deal(self, sizes: list[int], work: Callable[[int], list[Tensor]]) -> list[Tensor]:
+        """Pieces of work done in turn by all processes; every one gets all results, in the order of the pieces.
+
+        sizes : n_i of each piece, at least one; work(i) : piece i as tensors (n_i, ...) on the CPU
+        Every process does as many pieces as any other (one that would have none left does the last again), so that
+        ``work`` may hold collectives. Returns work's tensors, each joined over the pieces: (sum of n_i, ...).
+        """
+        return [torch.cat(parts) for parts in zip(*(work(i) for i in range(len(sizes))), strict=True)]
+
     @contextlib.contextmanager
-    def busy(self):
+    def meeting(self) -> Iterator[None]:
+        """Around collectives that others start (a backward pass): this process comes to them, and if a connection
+        breaks inside, the process that is lost is named. Any other error passes."""
+        yield
+
+    def arrive(self) -> None:
+        """Inside a meeting: this process has come to one more collective. Every process says so as often."""
+
+    @contextlib.contextmanager
+    def told_once(self) -> Iterator[None]:
+        """Around what every process does for itself, such as reading a file: if it fails in several, the first of
+        them tells why, and all end. A meeting of all processes."""
+        yield
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
         """While entered, the others wait for this process as long as it takes: reading a cohort, drawing pictures."""
         yield
 
@@ -120,54 +150,97 @@ class Together(Alone):
 
     def max(self, *values: float) -> list[float]:
         mine = torch.tensor(values, dtype=torch.float64)
-        with self._meeting():
+        with self.meeting():
             dist.all_reduce(mine, dist.ReduceOp.MAX)
         return mine.tolist()
 
     def tell(self, text: str) -> str:
         size = torch.tensor([len(text.encode())])
-        with self._meeting():
+        with self.meeting():
             dist.broadcast(size, 0)
         data = torch.zeros(int(size), dtype=torch.uint8)
         if self.first:
             data = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)[: int(size)]
-        with self._meeting():
+        with self.meeting():
             dist.broadcast(data, 0)
         return bytes(data.tolist()).decode()
 
     def average(self, tensors: list[Tensor]) -> None:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        with self._meeting():
+        with self.meeting():
             dist.all_reduce(flat)
         flat /= self.world
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def total(self, tensor: Tensor) -> None:
+        with self.meeting():
+            dist.all_reduce(tensor)
+
+    def deal(self, sizes: list[int], work: Callable[[int], list[Tensor]]) -> list[Tensor]:
+        rounds, most = -(-len(sizes) // self.world), max(sizes)
+        with self.busy(), self.meeting():  # `work` may take long, and may hold collectives
+            turns = range(self.rank, rounds * self.world, self.world)
+            mine = [work(min(turn, len(sizes) - 1)) for turn in turns]
+        joined = []
+        for parts in zip(*mine, strict=True):
+            own = parts[0].new_zeros(rounds, most, *parts[0].shape[1:])
+            for place, part in zip(own, parts, strict=True):
+                place[: len(part)] = part
+            everyone = [torch.empty_like(own) for _ in range(self.world)]
+            with self.meeting():
+                dist.all_gather(everyone, own)
+            pieces = [everyone[i % self.world][i // self.world, :size] for i, size in enumerate(sizes)]
+            joined.append(torch.cat(pieces))
+        return joined
+
     @contextlib.contextmanager
-    def busy(self):
-        self._busy = True
+    def told_once(self) -> Iterator[None]:
+        problem = None
+        try:
+            yield
+        except PhmdiffError as raised:
+            problem = raised
+        failed = self.max(*(float(problem is not None and rank == self.rank) for rank in range(self.world)))
+        if not any(failed):
+            return
+        if problem is None or any(failed[: self.rank]):
+            threading.Event().wait(PATIENCE)  # the watching thread hears why the other left, and ends this process
+        raise problem or PhmdiffError("PEER_FAILED", "another process has failed", "see its line", exit_code=PEER)
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        before, self._busy = self._busy, True
         try:
             yield
         finally:
-            self._busy = False
+            self._busy = before
 
     def part(self) -> None:
         self._over.set()
 
     @contextlib.contextmanager
-    def _meeting(self):
-        self._met += 1
-        self._waits_since = time.monotonic()
+    def meeting(self) -> Iterator[None]:
+        self.arrive()
+        before, self._waits_since = self._waits_since, time.monotonic()
         try:
             yield
-        except RuntimeError as problem:  # the connection broke: who is it?
-            until = time.monotonic() + PATIENCE
+        except RuntimeError as problem:  # who is it?
+            broke = _is_connection(problem)
+            if not broke and isinstance(problem, torch.OutOfMemoryError):
+                raise
+            until = time.monotonic() + (PATIENCE if broke else GLANCE)
             while time.monotonic() < until:
                 time.sleep(BEAT / 2)
                 self._judge()  # does not come back if somebody is gone
+            if not broke:
+                raise
             self._leave(f"a connection broke ({str(problem).splitlines()[0][:200]!r})", PEER)
         finally:
-            self._waits_since = None
+            self._waits_since = before
+
+    def arrive(self) -> None:
+        self._met += 1
 
     # --- who is lost
 
@@ -276,6 +349,27 @@ def _runs(pid: int) -> bool:
             return file.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
     except OSError:
         return not os.path.isdir("/proc/self")  # without /proc nothing is known
+
+
+def _is_connection(problem: RuntimeError) -> bool:
+    text = str(problem).lower()
+    return isinstance(problem, dist.DistError) or any(word in text for word in CONNECTION)
+
+
+@contextlib.contextmanager
+def processes(device: torch.device, *, timeout: float = 300.0) -> Iterator[Alone]:
+    """This process among those that torchrun started with it, or alone: for ``sample`` and ``evaluate``.
+
+    device : as ``device.pick_device`` gives it; a GPU process gets the one of its LOCAL_RANK. timeout : as of
+    ``Together``. Nobody leaves before all are done; an error of one ends all with its exit code.
+    """
+    if not is_several():
+        yield Alone()
+        return
+    with Together(device, timeout=timeout, ending=lambda line, exit_code: None) as ranks:
+        yield ranks
+        ranks.max(0.0)
+        ranks.part()
 
 
 def is_several() -> bool:

@@ -7,8 +7,7 @@ import importlib.util
 import platform
 import shutil
 
-from . import __version__
-from .attention import backend_name
+from . import __version__, attention
 from .device import has_native_bf16, pick_device, pick_precision
 from .kernels import _extension, _impl
 
@@ -50,5 +49,7 @@ def report() -> list[str]:
         of_embed = next(n for n, line in enumerate(lines) if line.startswith("  embed_visible"))
         lines[of_embed] = f"  {'embed_visible':<22}extension for Eq. 6, else reference: Triton kernels need a GPU"
     lines += [f"  {op:<22}{'reference: ' + why if why else 'extension'}" for op in PYRAMID]
-    lines.append(f"  {'attention':<22}{backend_name(device.type, dtype)}")
+    chosen = attention.choose(device, dtype, attention.TYPICAL_HEAD, attention.TYPICAL_LENGTHS)
+    lines.append(f"  {'attention':<22}{chosen.name}: {chosen.why}")
+    lines += [f"    {name:<20}{'no: ' * (can != 'yes')}{can}" for name, can in attention.table(device, dtype)]
     return lines

@@ -18,11 +18,23 @@ class EMA:
         self._weights = [p for _, p in model.named_parameters()]
         self.shadow = [p.detach().clone() for p in self._weights]
 
-    @torch.no_grad()
+    def share(self, step: int) -> float:
+        """1 - d of optimizer step ``step``, counted from 0."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
     def update(self, step: int) -> None:
         """Take the model's weights after optimizer step ``step`` (counted from 0) in."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.shadow, self._weights, 1 - decay)
+        self.take(self.share(step))
+
+    @torch.no_grad()
+    def take(self, share: float | Tensor) -> None:
+        """shadow += share (weights - shadow); a share on the device can be part of a CUDA graph."""
+        if not isinstance(share, Tensor):
+            torch._foreach_lerp_(self.shadow, self._weights, share)
+            return
+        apart = torch._foreach_sub(self._weights, self.shadow)
+        torch._foreach_mul_(apart, share)
+        torch._foreach_add_(self.shadow, apart)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.shadow, strict=True))

@@ -14,6 +14,7 @@ from .baselines import LookupTable, train_unet, unet_predict
 from .cache import SliceCache
 from .config import SampleConfig
 from .data import Cohort, discover, load_subject, select_subjects
+from .distributed import Alone
 from .errors import DATA, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
 from .generate import Run, foreground_slices, in_plane, predict, scaled_slices, source_slices
@@ -35,7 +36,10 @@ class Case:
 
 @dataclass
 class Evaluation:
-    """``rows`` for the table; ``values[method][protocol][subject][metric]``; ``made[method][subject]`` (Z, S, S)."""
+    """``rows`` for the table; ``values[method][protocol][subject][metric]``; ``made[method][subject]`` (Z, S, S).
+
+    With several processes process 0 has them; in the others they are empty.
+    """
 
     rows: list[dict]
     values: dict
@@ -70,9 +74,11 @@ def people(run: Run, cohort: Cohort, part: str) -> list[str]:
     return select_subjects(cohort, run.config.data, chosen)
 
 
-def predictors(run: Run, cohort: Cohort, settings: SampleConfig, baselines: bool, progress) -> tuple[dict, int | None]:
+def predictors(
+    run: Run, cohort: Cohort, settings: SampleConfig, baselines: bool, progress, ranks: Alone | None = None
+) -> tuple[dict, int | None]:
     """method -> function (sources (Z, Cs, S, S)) -> (Z, S, S); and the U-Net's steps."""
-    out: dict[str, Callable] = {"ours": lambda sources: predict(run, sources, settings)}
+    out: dict[str, Callable] = {"ours": lambda sources: predict(run, sources, settings, ranks=ranks)}
     if not baselines:
         return out, None
     split = read_split(run.folder)
@@ -102,36 +108,53 @@ def in_units(run: Run, scores: dict[str, float]) -> dict[str, float]:
 def evaluate(
     run: Run, data_path, settings: SampleConfig, *, protocols: tuple[str, ...] = ("phmdiff-slice", "brain"),
     part: str = "test", nan: str | None = None, max_gib: float | None = None, baselines: bool = False, progress=None,
-    keep_images: bool = False,
+    keep_images: bool = False, ranks: Alone | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score a run on its test people, at the run's image size.
 
     baselines : also fit a lookup table and train a U-Net with L1 for the wall-clock the model had
     nan, max_gib : how the scans of these people are read, as of ``Run.translate``
     part : which list of the run's split; progress(share) hears of the U-Net's training
+    ranks : several processes, which each call this and share the slices of every person; process 0 alone trains the
+        baselines, scores, and has the result
     Raises PhmdiffError (2 unknown protocol, 3 data). A person that fails stops the evaluation:
     nobody is averaged away.
     """
-    for name in protocols:
-        if name not in metrics.PROTOCOLS:
-            raise PhmdiffError("PROTOCOL", f"unknown protocol {name!r}", f"known: {', '.join(metrics.PROTOCOLS)}",
-                               exit_code=USAGE)  # fmt: skip
-    cohort = discover(data_path)
-    subjects = people(run, cohort, part)
-    problems, cases = [], []
-    for subject in subjects:
-        try:
-            cases.append(load_case(run, cohort, subject, nan=nan, max_gib=max_gib))
-        except PhmdiffError as problem:
-            problems.append(problem)
-    if problems:
-        raise DataErrors(problems)
-    functions, unet_steps = predictors(run, cohort, settings, baselines, progress)
+    ranks = ranks or Alone()
+    with ranks.told_once():
+        for name in protocols:
+            if name not in metrics.PROTOCOLS:
+                raise PhmdiffError("PROTOCOL", f"unknown protocol {name!r}", f"known: {', '.join(metrics.PROTOCOLS)}",
+                                   exit_code=USAGE)  # fmt: skip
+        cohort = discover(data_path)
+        subjects = people(run, cohort, part)
+        problems, cases = [], []
+        for subject in subjects:
+            try:
+                cases.append(load_case(run, cohort, subject, nan=nan, max_gib=max_gib))
+            except PhmdiffError as problem:
+                problems.append(problem)
+        if problems:
+            raise DataErrors(problems)
+    with ranks.busy():
+        functions, unet_steps = predictors(run, cohort, settings, baselines and ranks.first, progress, ranks)
+    ours = {case.subject: functions["ours"](case.sources) for case in cases}  # all processes at once
+    evaluation = Evaluation([], {}, {}, cases, None)
+    if ranks.first:
+        with ranks.busy():
+            rows, values, made = _scored(run, cases, {**functions, "ours": ours.get}, protocols, keep_images)
+            evaluation = Evaluation(rows, values, made, cases, unet_steps)
+    ranks.max(0.0)  # the others wait for it
+    return evaluation
+
+
+def _scored(run: Run, cases: list[Case], functions: dict, protocols: tuple[str, ...], keep_images: bool) -> tuple:
+    """``rows``, ``values`` and ``made`` of an Evaluation; "ours" is made already and found by the person's name."""
     values: dict = {m: {p: {} for p in protocols} for m in functions}
     made: dict = {m: {} for m in functions}
     for case in cases:
         for method, function in functions.items():
-            image = function(case.sources)
+            image = function(case.subject if method == "ours" else case.sources)
             if keep_images:
                 made[method][case.subject] = image
             for name in protocols:
@@ -143,7 +166,7 @@ def evaluate(
         for protocol in protocols
         for metric, figures in metrics.summarise(values[method][protocol]).items()
     ]
-    return Evaluation(rows, values, made, cases, unet_steps)
+    return rows, values, made
 
 
 def write_table(path, evaluation: Evaluation, *, overwrite: bool = False) -> None:

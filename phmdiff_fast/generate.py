@@ -13,6 +13,7 @@ from . import __version__, checkpoint
 from .config import Config, SampleConfig, build_config, read_config
 from .data import Cohort, Subject, discover, load_subject, subject_of
 from .device import autocast, pick_device, pick_precision
+from .distributed import Alone
 from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
 from .grid import SLICE_AXIS, InPlane, Scaling, fill_for, scaling_for, stack_context
@@ -128,33 +129,46 @@ def in_plane(run: Run, subject: Subject) -> InPlane:
     return InPlane.of(subject.foreground.shape, run.config.data)
 
 
-def predict(run: Run, sources: np.ndarray, settings: SampleConfig, *, first: int = 0, progress=None) -> np.ndarray:
+def predict(
+    run: Run, sources: np.ndarray, settings: SampleConfig, *, first: int = 0, progress=None, ranks: Alone | None = None
+) -> np.ndarray:
     """Synthesize slices. sources (Z, Cs, S, S) in [-1, 1] -> (Z, S, S) float32 in [-1, 1].
 
     ``first`` is the number of the first slice in its volume; slice z takes noise number z, so the
-    same seed gives the same volume whatever the batch.
+    same seed gives the same volume whatever the batch. Several processes (``ranks``) each call this with the same,
+    take the batches of one process in turn, and all get the same bits as one. ``progress(slices)`` hears of this
+    process' own batches.
     """
-    if settings.steps > run.model.schedule.timesteps:
-        what = f"{settings.steps} steps are more than the run's {run.model.schedule.timesteps} timesteps"
-        raise PhmdiffError("STEPS", what, "lower --steps", exit_code=USAGE)
-    made = []
-    for start in range(0, len(sources), settings.batch_size):
+    ranks = ranks or Alone()
+    with ranks.told_once():
+        if settings.steps > run.model.schedule.timesteps:
+            what = f"{settings.steps} steps are more than the run's {run.model.schedule.timesteps} timesteps"
+            raise PhmdiffError("STEPS", what, "lower --steps", exit_code=USAGE)
+    starts = range(0, len(sources), settings.batch_size)
+
+    def work(i: int) -> list[torch.Tensor]:
+        start = starts[i]
         part = torch.from_numpy(np.ascontiguousarray(sources[start : start + settings.batch_size])).to(run.device)
         ids = torch.arange(first + start, first + start + len(part), device=run.device)
         with autocast(run.device, run.dtype):
             image = run.model.translate(part, ids, settings)[0]
-        made.append(image[:, 0].float().cpu().numpy())
+        made = image[:, 0].float().cpu()
         if progress is not None:
             progress(len(part))
-    return np.concatenate(made)
+        return [made]
+
+    sizes = [min(settings.batch_size, len(sources) - start) for start in starts]
+    return ranks.deal(sizes, work)[0].numpy()
 
 
-def synthesize(run: Run, subject: Subject, settings: SampleConfig, *, progress=None) -> np.ndarray:
+def synthesize(
+    run: Run, subject: Subject, settings: SampleConfig, *, progress=None, ranks: Alone | None = None
+) -> np.ndarray:
     """The missing contrast of a subject on its own RAS grid, (X, Y, Z) float32.
 
     MR: arbitrary units, the normalised value in [0, 1] times the training set's median 99.5 percentile;
     0 outside the foreground. CT: HU; the window's low end where no slice was computed and, if the
-    subject has a mask, outside it. Slices without foreground are not computed.
+    subject has a mask, outside it. Slices without foreground are not computed. ``ranks`` as of ``predict``.
     """
     plane = in_plane(run, subject)
     sources = source_slices(run, subject, plane)
@@ -163,7 +177,7 @@ def synthesize(run: Run, subject: Subject, settings: SampleConfig, *, progress=N
     slices = np.full((len(sources), *sources.shape[2:]), -1, np.float32)
     if len(used):
         low, high = used[0], used[-1] + 1
-        slices[low:high] = predict(run, sources[low:high], settings, first=int(low), progress=progress)
+        slices[low:high] = predict(run, sources[low:high], settings, first=int(low), progress=progress, ranks=ranks)
     return in_own_units(run, plane.from_grid(slices, -1.0), subject)
 
 
@@ -217,49 +231,59 @@ def _inputs(run: Run, inputs: list[Path]) -> Cohort:
 
 def sample(
     run: Run, inputs, out, settings: SampleConfig, *, nan: str | None = None, max_gib: float | None = None,
-    overwrite: bool = False, progress=None,
+    overwrite: bool = False, progress=None, ranks: Alone | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write ``<subject>_<target>_syn.nii.gz`` and a JSON sidecar for every subject of ``inputs``.
 
     The volume lies on the input's own grid, with its affine. Missing contrasts and existing outputs
     are refused before anything is written. ``nan`` and ``max_gib`` as of ``Run.translate``.
-    ``progress(subject, done, total)`` is called after each subject. Returns the volumes' paths. Raises
+    ``progress(subject, done, total)`` is called after each subject. Several processes (``ranks``) each call this
+    and share the slices of every volume; process 0 writes. Returns the volumes' paths. Raises
     PhmdiffError (2 usage and existing output, 3 data, 74 disk).
     """
-    out = Path(out)
-    cohort = _inputs(run, [Path(p) for p in inputs])
-    gaps = [
-        PhmdiffError("MISSING_CONTRAST", f"has no {c} (it has {', '.join(sorted(has)) or 'nothing'})",
-                     "add the file, or leave this subject out", subject=subject, contrast=c)
-        for subject, has in cohort.files.items()
-        for c in run.sources
-        if c not in has
-    ]  # fmt: skip
-    if gaps:
-        raise DataErrors(gaps)
-    names = {subject: out / f"{subject}_{run.target}_syn.nii.gz" for subject in cohort.files}
-    for path in names.values():
-        refuse_existing(path, overwrite)
+    out, ranks = Path(out), ranks or Alone()
+    with ranks.told_once():
+        cohort = _inputs(run, [Path(p) for p in inputs])
+        gaps = [
+            PhmdiffError("MISSING_CONTRAST", f"has no {c} (it has {', '.join(sorted(has)) or 'nothing'})",
+                         "add the file, or leave this subject out", subject=subject, contrast=c)
+            for subject, has in cohort.files.items()
+            for c in run.sources
+            if c not in has
+        ]  # fmt: skip
+        if gaps:
+            raise DataErrors(gaps)
+        names = {subject: out / f"{subject}_{run.target}_syn.nii.gz" for subject in cohort.files}
+        for path in names.values():
+            refuse_existing(path, overwrite)
     digest = run.found.digest("ema")
     for done, (subject_id, path) in enumerate(names.items(), 1):
-        subject = load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False,
-                               allow_constant=True, **run.reading(nan, max_gib))  # fmt: skip
+        with ranks.told_once():
+            subject = load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False,
+                                   allow_constant=True, **run.reading(nan, max_gib))  # fmt: skip
         empty = [c for c in run.sources if subject.images[c].min() == subject.images[c].max()]
         if empty:
             air = run.config.data.hu_window[0] if run.units == "HU" else 0.0
-            say(f"{subject_id}/{empty[0]} holds one value only: the synthesized volume is {air:g} everywhere")
+            if ranks.first:
+                say(f"{subject_id}/{empty[0]} holds one value only: the synthesized volume is {air:g} everywhere")
             volume = np.full(subject.foreground.shape, air, np.float32)
         else:
-            volume = synthesize(run, subject, settings)
-        out.mkdir(parents=True, exist_ok=True)
-        write_volume(path, volume, subject.grid, overwrite=overwrite)
-        sidecar = {
-            "subject": subject_id, "target": run.target, "sources": run.sources, "units": run.units,
-            "note": RESEARCH_ONLY, "checkpoint_sha256": digest, "checkpoint_step": run.found.step,
-            "seed": settings.seed, "steps": settings.steps, "sampler": settings.sampler,
-            "image_size": run.config.data.image_size, "phmdiff_fast": __version__,
-        }  # fmt: skip
-        write_json(path.with_name(path.name.replace(".nii.gz", ".json")), sidecar)
+            volume = synthesize(run, subject, settings, ranks=ranks)
+        if ranks.first:
+            with ranks.busy():
+                _write(run, path, subject_id, volume, subject.grid, settings, digest, overwrite)
         if progress is not None:
             progress(subject_id, done, len(names))
     return list(names.values())
+
+
+def _write(run: Run, path: Path, subject_id: str, volume, grid, settings: SampleConfig, digest: str, overwrite) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_volume(path, volume, grid, overwrite=overwrite)
+    sidecar = {
+        "subject": subject_id, "target": run.target, "sources": run.sources, "units": run.units,
+        "note": RESEARCH_ONLY, "checkpoint_sha256": digest, "checkpoint_step": run.found.step,
+        "seed": settings.seed, "steps": settings.steps, "sampler": settings.sampler,
+        "image_size": run.config.data.image_size, "phmdiff_fast": __version__,
+    }  # fmt: skip
+    write_json(path.with_name(path.name.replace(".nii.gz", ".json")), sidecar)

@@ -1,4 +1,4 @@
-"""Batches of a training, in order of its steps, read here or ahead by worker processes.
+"""Batches of a training, in order of its steps: read here, ahead by worker processes, or all beforehand to a GPU.
 
 What a step sees is a function of the step alone (``rows_at``), so any number of workers gives the same batches
 and nothing of this has to be kept in a checkpoint.
@@ -21,7 +21,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .cache import SliceCache
-from .errors import DATA, PhmdiffError
+from .errors import DATA, MEMORY, PhmdiffError
+from .guards import is_out_of_memory
+from .progress import bar
 
 NAMES = ("sources", "target", "foreground")
 
@@ -149,3 +151,48 @@ class Loader:
         self._end()
         if isinstance(problem, RuntimeError) and "DataLoader worker" in str(problem):  # torch tells it from a signal
             raise self._lost(problem, 0.0) from None
+
+
+RESIDENT_ROWS = 256  # read at a time
+
+
+class Resident:
+    """All training slices in the memory of a device (``train.data_device``); batches are picked there.
+
+    cache, rows : (n,) int64 of it that are trained on; rows_at : as of ``Loader``
+    Takes n (Cs + 1) S S floats and n S S bytes. Raises OUT_OF_MEMORY (exit 6) where they do not fit.
+    """
+
+    def __init__(self, cache: SliceCache, rows: np.ndarray, rows_at, device: torch.device, *, progress: bool = False):
+        self._cache, self._rows, self._rows_at, self._device, self._progress = cache, rows, rows_at, device, progress
+        self._place = {int(row): n for n, row in enumerate(rows)}
+        self._parts: list[torch.Tensor] = []
+
+    def __enter__(self) -> Resident:
+        n = len(self._rows)
+        with bar(n, f"slices to {self._device.type}", self._progress) as meter:
+            for at in range(0, n, RESIDENT_ROWS):
+                batch = self._cache.batch(self._rows[at : at + RESIDENT_ROWS])
+                parts = [torch.as_tensor(batch[name]) for name in NAMES]
+                try:
+                    self._parts = self._parts or [p.new_empty(n, *p.shape[1:], device=self._device) for p in parts]
+                except Exception as problem:
+                    if not is_out_of_memory(problem):
+                        raise
+                    size = sum(p[0].numel() * p.element_size() for p in parts) * n / 2**30
+                    what = f"{n} training slices take {size:.1f} GiB, more than is free on {self._device}"
+                    raise PhmdiffError("OUT_OF_MEMORY", what, "use --data-device cpu", exit_code=MEMORY) from None
+                for whole, part in zip(self._parts, parts, strict=True):
+                    whole[at : at + len(part)] = part
+                meter.update(len(parts[0]))
+        return self
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As ``Loader.batch``, on the device."""
+        places = torch.tensor([self._place[int(row)] for row in self._rows_at(step)])
+        if self._device.type == "cuda":
+            places = places.pin_memory().to(self._device, non_blocking=True)
+        return tuple(part.index_select(0, places) for part in self._parts)
+
+    def __exit__(self, *_) -> None:
+        self._parts = []

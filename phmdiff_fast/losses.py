@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -68,19 +70,71 @@ def implied_noise(y_t: Tensor, x0: Tensor, eps: Tensor, abar: Tensor) -> Tensor:
     return torch.where(high, eps_from_x0(y_t, x0, safe), eps)
 
 
+class _Total(torch.autograd.Function):
+    """The sum over all processes, from which each computes the same loss.
+
+    Its gradient by this process' summand is the sum's own; it is handed on ``world`` times because gradients are
+    averaged over the processes afterwards, and the others' are those of their own summands.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, total: Callable[[Tensor], None], world: int) -> Tensor:
+        ctx.world = world
+        x = x.clone()
+        total(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.world, None, None
+
+
+@dataclass(frozen=True)
+class Gather:
+    """The patch vectors of all processes' images as one set, as one process with all images has them.
+
+    sample_ids : (W, B) int64, the images of every process; rank : whose row is this process' own
+    total : adds a tensor up over the processes, in place (``Together.total``)
+    """
+
+    sample_ids: Tensor
+    rank: int
+    total: Callable[[Tensor], None]
+
+    @property
+    def world(self) -> int:
+        return len(self.sample_ids)
+
+    def rows(self, own: Tensor, chosen: Tensor | None) -> Tensor:
+        """own (n, d): rows of this process. Rows ``chosen`` (k,) of all W n, process by process, in that order:
+        (k, d); None: all (W n, d). Every process puts in its own, and zeros elsewhere; nothing is waited for."""
+        chosen = torch.arange(self.world * len(own), device=own.device) if chosen is None else chosen
+        at = chosen - self.rank * len(own)
+        is_own = (at >= 0) & (at < len(own))
+        placed = torch.where(is_own[:, None], own[at.clamp(0, len(own) - 1)], 0.0)
+        return _Total.apply(placed, self.total, self.world)
+
+
 def cross_granularity(
     eps: Tensor, eps_hat: Tensor, patch: int, rows: int, sample_ids: Tensor, level: int, rng,
-    kernel: str = "multiscale",
+    kernel: str = "multiscale", gather: Gather | None = None,
 ) -> Tensor:  # fmt: skip
     """L_n = MMD^2 between noise drawn and noise predicted at level n (Eq. 6), a scalar.
 
     eps, eps_hat (B, C, H, W). The samples are patch vectors of d = C p p values, at most ``rows`` of
     them, those with the smallest Philox keys. kernel "paper": exp(-|a - b|^2 / d^2) alone.
+    gather : of several processes, each with its own B images, which all compute the loss of all W B images;
+    its gradient is meant to be averaged over the processes.
     """
     drawn, predicted = (patch_rows(x, patch, None).flatten(2).flatten(0, 1) for x in (eps, eps_hat))  # (B N, C p p)
-    if len(drawn) > rows:
-        per_sample_rows = len(drawn) // len(eps)
-        keys = _philox.integers(sample_ids, per_sample_rows, rng=rng, stream=_philox.MMD_ROWS + level)
+    ids = sample_ids if gather is None else gather.sample_ids.flatten()
+    per_sample_rows = len(drawn) // len(eps)
+    chosen = None
+    if per_sample_rows * len(ids) > rows:
+        keys = _philox.integers(ids, per_sample_rows, rng=rng, stream=_philox.MMD_ROWS + level)
         chosen = keys.flatten().topk(rows, largest=False, sorted=False).indices
+    if gather is not None:
+        drawn, predicted = gather.rows(torch.cat([drawn, predicted], 1), chosen).chunk(2, 1)
+    elif chosen is not None:
         drawn, predicted = drawn[chosen], predicted[chosen]
     return mmd2(predicted, drawn, [float(drawn.shape[1] ** 2)] if kernel == "paper" else None)

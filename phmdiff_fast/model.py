@@ -12,23 +12,28 @@ Dd decoder width, p patch side, M stem maps.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .attention import attend
+from .attention import attend, attend_packed
 from .config import ModelConfig
+from .convolutions import Head, Stem
 from .kernels.adaln import adaln_modulate, gated_residual_adaln
 from .kernels.patch_mask import embed_visible, restore_tokens, unpatchify
+from .packing import Packing, packing_of
+from .stages import stage
 
 
-def sincos_positions(rows: int, cols: int, width: int) -> Tensor:
+def sincos_positions(rows: int, cols: int, width: int, device=None) -> Tensor:
     """Fixed 2D sin-cos positions (rows * cols, width); half the width for each axis (MAE, He 2022)."""
     quarter = width // 4
-    omega = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
-    row = torch.arange(rows, dtype=torch.float64)[:, None] * omega
-    col = torch.arange(cols, dtype=torch.float64)[:, None] * omega
+    count = lambda n: torch.arange(n, dtype=torch.float64, device=device)  # noqa: E731
+    omega = 10000.0 ** -(count(quarter) / quarter)
+    row, col = count(rows)[:, None] * omega, count(cols)[:, None] * omega
     row = torch.cat([row.sin(), row.cos()], 1)[:, None].expand(rows, cols, -1)
     col = torch.cat([col.sin(), col.cos()], 1)[None].expand(rows, cols, -1)
     return torch.cat([row, col], 2).reshape(rows * cols, width).float()
@@ -51,7 +56,8 @@ class TimestepEmbedder(nn.Module):
         half = self.frequencies // 2
         omega = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
         angle = t[:, None].float() * omega  # (B, half)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))  # (B, D)
+        angle = torch.cat([angle.cos(), angle.sin()], -1).to(self.mlp[0].weight.dtype)
+        return self.mlp(angle)  # (B, D)
 
 
 class Attention(nn.Module):
@@ -61,8 +67,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attend(self.qkv(x), self.heads))  # (B, N, D)
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        qkv = self.qkv(x)  # (B, N, 3 D), or (T, 3 D) packed
+        return self.proj(attend(qkv, self.heads) if packing is None else attend_packed(qkv, self.heads, packing))
 
 
 class Mlp(nn.Module):
@@ -76,13 +83,26 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """The learned parts of a DiT block; ``run_blocks`` chains them so that each residual is fused."""
+    """A DiT block between two norms, so that each sum is fused with the norm that reads it.
+
+    x += gate attn(LN(x)); x += gate mlp(LN(x)). It is handed LN(x) modulated for its attention, and hands on what
+    the next block's attention reads: over the border of a block, too, x is written and read once a sum.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, cond_width: int):
         super().__init__()
         self.attn = Attention(width, heads)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 6 * width))
+
+    def forward(
+        self, x: Tensor, normed: Tensor, gate1: Tensor, shift2: Tensor, scale2: Tensor, gate2: Tensor,
+        shift: Tensor, scale: Tensor, packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x, normed (B, N, D) with vectors (B, D), or packed (T, D) with (S, D); shift, scale: of the norm behind."""
+        cu = None if packing is None else packing.cu_tokens(x.device)
+        x, normed = gated_residual_adaln(x, self.attn(normed, packing), gate1, shift2, scale2, cu_tokens=cu)
+        return gated_residual_adaln(x, self.mlp(normed), gate2, shift, scale, cu_tokens=cu)
 
 
 class FinalNorm(nn.Module):
@@ -93,85 +113,46 @@ class FinalNorm(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 2 * width))
 
 
-def run_blocks(x: Tensor, blocks: nn.ModuleList, vectors: list[Tensor]) -> Tensor:
-    """x (B, N, D) through all blocks and the final modulated norm.
+def run_blocks(
+    x: Tensor, blocks: nn.ModuleList, vectors: list[Tensor], packing: Packing | None = None, recompute: bool = False
+) -> Tensor:
+    """x (B, N, D), or (T, D) packed, through all blocks and the final modulated norm.
 
-    vectors : a block's (B, 6 D) each, then the final norm's (B, 2 D), as the modulations give them
-    A block is x += gate attn(LN(x)), x += gate mlp(LN(x)). Every sum is fused with the norm that
-    reads it, over the border of a block too, so x is written and read once a sum.
+    vectors : a block's (S, 6 D) each, then the final norm's (S, 2 D), a row a sequence (S = B where nothing is packed)
+    recompute : backward runs each block's forward again instead of keeping what is inside it
     """
     parts = [v.chunk(6, dim=1) for v in vectors[:-1]] + [vectors[-1].chunk(2, dim=1)]
     # Outside autocast all is one type; inside, x stays float32 and the branches are 16-bit.
-    normed = adaln_modulate(x, *parts[0][:2])
+    normed = adaln_modulate(x, *parts[0][:2], cu_tokens=None if packing is None else packing.cu_tokens(x.device))
     for block, (_, _, gate1, shift2, scale2, gate2), (shift, scale, *_) in zip(
         blocks, parts[:-1], parts[1:], strict=True
     ):
-        x, normed = gated_residual_adaln(x, block.attn(normed), gate1, shift2, scale2)
-        x, normed = gated_residual_adaln(x, block.mlp(normed), gate2, shift, scale)
-    return normed  # (B, N, D)
+        given = (x, normed, gate1, shift2, scale2, gate2, shift, scale, packing)
+        if recompute and torch.is_grad_enabled():
+            x, normed = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x, normed = block(*given)
+    return normed
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+@dataclass
+class LevelInput:
+    """What the network reads at one level; shapes as in ``MaskedDiT.forward``."""
 
+    level: int
+    y: Tensor
+    sources: Tensor
+    coarse: Tensor | None
+    abar: Tensor
+    stem_map: Tensor | None = None
+    coarse_up: Tensor | None = None
+    eps: Tensor | None = None
+    mask: tuple[Tensor, Tensor] | None = None
 
-class ResidualConv(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))): the second convolution starts at zero."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(8 if width % 8 == 0 else 1, width), _conv(width, width)
-        self.norm2, self.conv2 = nn.GroupNorm(8 if width % 8 == 0 else 1, width), _conv(width, width)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x1 = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(x1)))
-
-
-class Stem(nn.Module):
-    """Convolutions over the sources: one map a level, (B, M_n, H / 2^n, W / 2^n), M_n = width 2^min(n, 2).
-
-    Down through the resolutions, then back up: each map takes the coarser one's context in (1x1
-    convolution, nearest neighbour). It never sees noise, so sampling computes it once a slice, not
-    once a step.
-    """
-
-    def __init__(self, channels: int, width: int, levels: int):
-        super().__init__()
-        self.widths = [width * 2 ** min(n, 2) for n in range(levels)]
-        pairs = list(zip(self.widths, self.widths[1:], strict=False))  # (finer, coarser)
-        self.first = _conv(channels, width)
-        self.down = nn.ModuleList(_conv(fine, coarse, stride=2) for fine, coarse in pairs)
-        self.blocks = nn.ModuleList(ResidualConv(w) for w in self.widths)
-        self.up = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairs)
-
-    def forward(self, sources: Tensor) -> list[Tensor]:
-        x = self.blocks[0](self.first(sources.contiguous(memory_format=torch.channels_last)))
-        maps = [x]
-        for down, block in zip(self.down, self.blocks[1:], strict=True):
-            x = block(down(x))
-            maps.append(x)
-        for n in reversed(range(len(self.up))):
-            maps[n] = maps[n] + F.interpolate(self.up[n](maps[n + 1]), size=maps[n].shape[2:])
-        return maps
-
-
-class Head(nn.Module):
-    """Convolutions from unpatchified tokens and noise-free skips to the image."""
-
-    def __init__(self, inputs: int, width: int, channels: int):
-        super().__init__()
-        self.first = nn.Conv2d(inputs, width, 1)
-        self.block = ResidualConv(width)
-        self.last = _conv(width, channels)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, *maps: Tensor) -> Tensor:
-        x = torch.cat(maps, 1).contiguous(memory_format=torch.channels_last)
-        return self.last(F.silu(self.block(self.first(x))))
+    def __post_init__(self):
+        self.channels = self.sources if self.stem_map is None else torch.cat(
+            [self.sources, self.stem_map.to(self.sources.dtype)], 1
+        )  # fmt: skip
 
 
 class MaskedDiT(nn.Module):
@@ -220,6 +201,7 @@ class MaskedDiT(nn.Module):
         if config.head:
             skips = [source_channels + maps[n] + coarse[n] for n in range(levels)]
             self.heads = nn.ModuleList(Head(outputs + s, config.head_width, self.output_channels) for s in skips)
+        self.recompute = False  # activation checkpointing
         self._positions: dict = {}
         self._initialise()
 
@@ -245,7 +227,7 @@ class MaskedDiT(nn.Module):
         """Cached ``sincos_positions`` on ``device``."""
         key = (rows, cols, width, str(device))
         if key not in self._positions:
-            self._positions[key] = sincos_positions(rows, cols, width).to(device)
+            self._positions[key] = sincos_positions(rows, cols, width, device)
         return self._positions[key]
 
     def modulations(self, t: Tensor, coarse_t: Tensor | None = None) -> list[list[Tensor]]:
@@ -256,13 +238,19 @@ class MaskedDiT(nn.Module):
         blocks and norm, decoder blocks and norm: (B, 6 D) or (B, 2 D) each.
         """
         levels = self.level_embed.num_embeddings
+        # Split, not indexed: backward then joins the levels' gradients once instead of adding up mostly zeros.
+        split = [v.split(v.shape[0] // levels) for v in self.packed_modulations(t, coarse_t)]
+        return [[v[level] for v in split] for level in range(levels)]
+
+    def packed_modulations(self, t: Tensor, coarse_t: Tensor | None = None) -> list[Tensor]:
+        """``modulations`` of all levels in one (L B, 6 D) or (L B, 2 D) a layer, level-major."""
         cond = self.t_embedder(t.flatten()).unflatten(0, t.shape) + self.level_embed.weight[:, None]  # (L, B, D)
         if self.config.coarse == "teacher":
             told = self.coarse_t_embedder(t.new_zeros(1) if coarse_t is None else coarse_t)
             cond = torch.cat([cond[:-1] + told, cond[-1:]])  # the coarsest level has nothing coarser
+        cond = F.silu(cond.flatten(0, 1))  # (L B, D): the same in front of every layer
         layers = [*self.blocks, self.encoder_norm, *self.decoder_blocks, self.decoder_norm]
-        vectors = [layer.adaLN_modulation(cond.flatten(0, 1)).unflatten(0, (levels, -1)) for layer in layers]
-        return [[v[level] for v in vectors] for level in range(levels)]
+        return [layer.adaLN_modulation[1](cond) for layer in layers]
 
     def source_maps(self, sources: Tensor) -> list[Tensor] | None:
         """Stem maps of full-resolution sources (B, Cs, H, W), one a level; None without a stem."""
@@ -284,44 +272,93 @@ class MaskedDiT(nn.Module):
         mask: (keep_ids (B, K), inverse (B, N)) or None for all.
         Returns (B, C, H, W), float32 also under autocast.
         """
-        config, p = self.config, self.config.patch
-        height, width = y.shape[2:]
-        grid = (height // p, width // p)
         vectors = self.modulations(t)[level] if vectors is None else vectors
-        encoder, decoder = vectors[: config.depth + 1], vectors[config.depth + 1 :]
-        inputs = sources if stem_map is None else torch.cat([sources, stem_map.to(sources.dtype)], 1)
-        state_scale = abar.sqrt() if config.scale_state and config.prediction != "eps" else None
-        diffmae = config.reading == "diffmae"
+        return self.forward_levels([LevelInput(level, y, sources, coarse, abar, stem_map, coarse_up, eps, mask)],
+                                   vectors)[0]  # fmt: skip
 
-        def embed(ids, layer, pos, clean=False):
-            """Tokens of patches; ``clean``: of the sources alone, no state and nothing coarse."""
-            state = (y[:, :0], inputs, None) if clean else (y, inputs, coarse)
-            return embed_visible(*state, abar, ids, layer.weight, layer.bias, pos,
-                                 eps=None if clean else eps, state_scale=state_scale)  # fmt: skip
+    def forward_levels(self, inputs: list[LevelInput], vectors: list[Tensor]) -> list[Tensor]:
+        """Predict some levels in one pass: their tokens lie in one buffer, and every layer runs once over all.
 
-        keep_ids, inverse = (None, None) if mask is None else mask
-        pos = self.positions(*grid, config.width, y.device)
-        x = _wide(embed(keep_ids, self.x_embedder[level], pos, clean=diffmae))  # (B, K, D)
-        x = run_blocks(x, self.blocks, encoder)  # (B, K, D)
-        x = self.to_decoder(x)  # (B, K, Dd)
+        vectors : a layer's (S, 6 D) or (S, 2 D) with the levels' rows in the order of ``inputs``; for all levels,
+        fine to coarse, that is ``packed_modulations(t)``. Returns (B, C, H, W) a level as ``forward``.
+        """
+        depth = self.config.depth
+        with stage("embed"):
+            tokens = [self._encoder_tokens(at) for at in inputs]  # (B, K_l, D) each
+        with stage("encoder"):
+            x, packing = _packed(tokens)
+            x = run_blocks(x, self.blocks, vectors[: depth + 1], packing, self.recompute)  # (T, D)
+            x = self.to_decoder(x)  # (T, Dd)
+        with stage("embed"):
+            parts = [x] if packing is None else packing.views(x)
+            tokens = [self._decoder_tokens(at, part) for at, part in zip(inputs, parts, strict=True)]  # (B, N_l, Dd)
+        with stage("decoder"):
+            x, packing = _packed(tokens)
+            x = run_blocks(x, self.decoder_blocks, vectors[depth + 1 :], packing, self.recompute)
+        with stage("head"):
+            parts = [x] if packing is None else packing.views(x)
+            return [self._image(at, part) for at, part in zip(inputs, parts, strict=True)]
 
-        pos = self.positions(*grid, config.decoder_width, y.device)
-        if mask is None:
+    def _embed(self, at: LevelInput, ids, layer: nn.Linear, pos, clean: bool = False) -> Tensor:
+        """Tokens of patches; ``clean``: of the sources alone, no state and nothing coarse."""
+        state = (at.y[:, :0], at.channels, None) if clean else (at.y, at.channels, at.coarse)
+        scaled = self.config.scale_state and self.config.prediction != "eps"
+        return embed_visible(*state, at.abar, ids, layer.weight, layer.bias, pos, eps=None if clean else at.eps,
+                             state_scale=at.abar.sqrt() if scaled else None)  # fmt: skip
+
+    def _grid(self, at: LevelInput) -> tuple[int, int]:
+        return at.y.shape[2] // self.config.patch, at.y.shape[3] // self.config.patch
+
+    def _encoder_tokens(self, at: LevelInput) -> Tensor:
+        """(B, K, D): of the kept patches, of all without a mask."""
+        pos = self.positions(*self._grid(at), self.config.width, at.y.device)
+        keep_ids = None if at.mask is None else at.mask[0]
+        clean = self.config.reading == "diffmae"
+        return _wide(self._embed(at, keep_ids, self.x_embedder[at.level], pos, clean=clean))
+
+    def _decoder_tokens(self, at: LevelInput, x: Tensor) -> Tensor:
+        """x (B, K, Dd) back among the masked patches' own tokens: (B, N, Dd)."""
+        diffmae = self.config.reading == "diffmae"
+        pos = self.positions(*self._grid(at), self.config.decoder_width, at.y.device)
+        if at.mask is None:
             x = x + pos
         else:
-            if config.decoder_input == "noisy" and not diffmae:
-                fill = embed(dropped_ids(inverse, keep_ids.shape[1]), self.decoder_embedder[level], None)
+            keep_ids, inverse = at.mask
+            if self.config.decoder_input == "noisy" and not diffmae:
+                dropped = dropped_ids(inverse, keep_ids.shape[1])
+                fill = self._embed(at, dropped, self.decoder_embedder[at.level], None)
             else:
                 fill = self.mask_token
-            x = restore_tokens(x, fill, inverse, pos)  # (B, N, Dd)
+            x = restore_tokens(x, fill, inverse, pos)
         if diffmae:  # every target patch is denoised, beside what the encoder made of the source there
-            x = x + embed(None, self.decoder_embedder[level], None)
-        x = run_blocks(_wide(x), self.decoder_blocks, decoder)  # (B, N, Dd)
-        x = unpatchify(self.final_layer[level](x), p, height, width)  # (B, outputs, H, W)
-        if config.head:
-            skips = [sources] + [m for m in (stem_map, coarse_up) if m is not None]
-            x = self.heads[level](x, *skips)
+            x = x + self._embed(at, None, self.decoder_embedder[at.level], None)
         return _wide(x)
+
+    def _image(self, at: LevelInput, x: Tensor) -> Tensor:
+        """Tokens (B, N, Dd) -> image (B, C, H, W), through the head where there is one."""
+        x = unpatchify(self.final_layer[at.level](x), self.config.patch, *at.y.shape[2:])  # (B, outputs, H, W)
+        if self.config.head:
+            skips = [at.sources] + [m for m in (at.stem_map, at.coarse_up) if m is not None]
+            x = self.heads[at.level](x, *skips)
+        return _wide(x)
+
+    def unused(self, masked_levels: set[int]) -> list[nn.Parameter]:
+        """Parameters no gradient reaches in a step that masks these levels: what fills gaps where there are none."""
+        idle: list[nn.Parameter] = []
+        if hasattr(self, "mask_token") and not masked_levels:
+            idle.append(self.mask_token)
+        if hasattr(self, "decoder_embedder") and self.config.reading != "diffmae":
+            for level, layer in enumerate(self.decoder_embedder):
+                idle += [] if level in masked_levels else layer.parameters()
+        return idle
+
+
+def _packed(tokens: list[Tensor]) -> tuple[Tensor, Packing | None]:
+    """Levels' tokens (B, N_l, D) as one buffer (T, D); a single level stays dense, (B, N, D)."""
+    if len(tokens) == 1:
+        return tokens[0], None
+    packing = packing_of(tokens[0].shape[0], tuple(part.shape[1] for part in tokens))
+    return packing.pack(tokens), packing
 
 
 def dropped_ids(inverse: Tensor, num_keep: int) -> Tensor:

@@ -7,7 +7,7 @@ of a sample at level l, T = sum of B K_l, S = L B sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -23,6 +23,7 @@ class Packing:
 
     batch: int
     lengths: tuple[int, ...]
+    _cu_tokens: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -51,12 +52,17 @@ class Packing:
         return [part.unflatten(0, (self.batch, -1)) for part in parts]
 
     def cu_tokens(self, device: torch.device) -> Tensor:
-        """(S + 1,) int32: sequence s is the rows cu[s] .. cu[s + 1]. Made once a device, without a wait for it."""
-        return _cu_tokens(self, torch.device(device))
+        """(S + 1,) int32: sequence s is the rows cu[s] .. cu[s + 1]. Made once a device."""
+        if device not in self._cu_tokens:
+            ends, first = [torch.zeros(1, dtype=torch.int32, device=device)], 0
+            for length in self.lengths:  # made there: nothing is copied from the host, which a GPU would wait for
+                ends.append(torch.arange(1, self.batch + 1, dtype=torch.int32, device=device) * length + first)
+                first += self.batch * length
+            self._cu_tokens[device] = torch.cat(ends)
+        return self._cu_tokens[device]
 
 
-@lru_cache(maxsize=64)
-def _cu_tokens(packing: Packing, device: torch.device) -> Tensor:
-    lengths = torch.tensor(packing.lengths).repeat_interleave(packing.batch)
-    ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    return ends.to(device=device, dtype=torch.int32)
+@lru_cache(maxsize=256)
+def packing_of(batch: int, lengths: tuple[int, ...]) -> Packing:
+    """The one Packing of these sizes: what it has moved to a device is moved once a run."""
+    return Packing(batch, lengths)

@@ -20,9 +20,10 @@ from .diffusion import Schedule, noised, snr_weight, to_x0, truth
 from .kernels import _philox
 from .kernels.patch_mask import draw_mask
 from .masking import mask_ratios, num_kept
-from .model import MaskedDiT
+from .model import LevelInput, MaskedDiT
 from .pyramid import build_pyramid, per_sample, upsample
 from .sampling import ddim, ddpm
+from .stages import stage
 
 
 @dataclass
@@ -33,6 +34,21 @@ class LossTerms:
     denoise: Tensor  # (L,) per level, fine to coarse, detached
     mmd: Tensor  # (L,)
     vlb: Tensor  # (L,) bits a pixel and step, 0 unless the variance is learned
+
+
+@dataclass
+class _Levels:
+    """A training step's levels, fine to coarse: one entry of each list a level."""
+
+    targets: list[Tensor]  # (B, C, H_n, W_n)
+    sources: list[Tensor]  # (B, Cs, H_n, W_n)
+    t: list[Tensor]  # (B,) int64
+    abar: list[Tensor]  # (B,)
+    masks: list[tuple[Tensor, Tensor] | None]
+    eps: list[Tensor]
+    shared_t: Tensor  # (B,) or (L, B)
+    coarse_t: Tensor | None  # (B,): the levels do not wait for each other's estimates
+    told: list[Tensor | None]  # with coarse_t: the noised truth that a level reads as its coarse image
 
 
 class PHMDiff(nn.Module):
@@ -52,6 +68,8 @@ class PHMDiff(nn.Module):
         self.net = MaskedDiT(config, source_channels, target_channels)
         self.ratios = mask_ratios(config.levels, complexity, config.complexity_gain)
         self.num_levels = len(config.levels)
+        weights = [spec.weight for spec in config.levels]
+        self.shares = [weight / sum(weights) for weight in weights]  # of each level in the loss
 
     @property
     def multiple(self) -> int:
@@ -78,12 +96,14 @@ class PHMDiff(nn.Module):
         levels = build_pyramid(self.pad(foreground.float(), 0.0), self.num_levels)
         return [level > 0 for level in levels]
 
-    def _predict(self, level, y, sources, coarse, abar, maps, vectors, *, eps=None, mask=None):
-        """The network's (prediction, variance fraction or None) at one level, (B, C, H, W) each."""
-        coarse_up = None if coarse is None else upsample(coarse, *y.shape[2:])
-        stem_map = None if maps is None else maps[level]
-        out = self.net(y, sources, coarse, None, abar, level, vectors=vectors[level],
-                       stem_map=stem_map, coarse_up=coarse_up, eps=eps, mask=mask)  # fmt: skip
+    def _at(self, level, y, sources, coarse, abar, maps, *, eps=None, mask=None) -> LevelInput:
+        """What the network reads at one level."""
+        needs_up = coarse is not None and self.config.head
+        return LevelInput(level, y, sources, coarse, abar, None if maps is None else maps[level],
+                          upsample(coarse, *y.shape[2:]) if needs_up else None, eps, mask)  # fmt: skip
+
+    def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(prediction, variance fraction or None), (B, C, H, W) each, of the network's output."""
         return out.chunk(2, 1) if self.config.learn_variance else (out, None)
 
     def _normals(self, sample_ids: Tensor, like: Tensor, rng, stream: int) -> Tensor:
@@ -91,53 +111,109 @@ class PHMDiff(nn.Module):
 
     def loss(
         self, target: Tensor, sources: Tensor, sample_ids: Tensor, rng, train: TrainConfig, *, masked: bool,
-        foreground: Tensor | None = None,
+        foreground: Tensor | None = None, gather: losses.Gather | None = None,
     ) -> LossTerms:  # fmt: skip
         """Loss of one batch; all randomness is a function of (seed, sample, step).
 
         target (B, C, H, W) and sources (B, Cs, H, W) in [-1, 1]; sample_ids (B,) int64; rng (seed, step).
         masked: pre-training with masks, else the unmasked fine-tuning of III.B.3. foreground
-        (B, 1, H, W) bool: with ``drop_background``, patches without any are masked first.
+        (B, 1, H, W) bool: with ``drop_background``, patches without any are masked first. gather: of a batch shared by
+        several processes, so that the MMD is of all its images (``parallel``).
         """
         config = self.config
+        with stage("levels"):
+            at = self._levels_of(target, sources, sample_ids, rng, train, masked, foreground)
+        outs = self._all_at_once(at) if at.coarse_t is not None else self._one_by_one(at)
+        terms = []
+        for level, out in enumerate(outs):
+            with stage("loss"):
+                out, fraction = self._split(out)
+                y, eps, abar, mask = at.targets[level], at.eps[level], at.abar[level], at.masks[level]
+                y_t = noised(y, eps, abar)
+                denoise, x0, eps_hat = self._level_loss(out, y, y_t, eps, abar, mask, train)
+                mmd = vlb = denoise.new_zeros(())
+            if train.mmd_weight > 0:
+                with stage("mmd"):
+                    mmd = losses.cross_granularity(eps, eps_hat, config.patch, train.mmd_rows, sample_ids, level, rng,
+                                                   train.mmd_kernel, gather)  # fmt: skip
+            if fraction is not None:
+                vlb = losses.variational_bound(fraction, x0, y, y_t, at.t[level], self.schedule).mean()
+            terms.append((denoise, mmd, vlb))
+        denoise, mmd, vlb = (torch.stack(term) for term in zip(*terms, strict=True))  # (L,) each
+        total = sum(part * term for part, term in zip(self.shares, denoise, strict=True))
+        total = total + train.mmd_weight * mmd.sum()
+        if config.learn_variance:  # L_hybrid of Nichol & Dhariwal: the bound sums over all T steps
+            bound = sum(part * term for part, term in zip(self.shares, vlb, strict=True))
+            total = total + train.vlb_weight * self.schedule.timesteps * bound
+        return LossTerms(total, denoise.detach(), mmd.detach(), vlb.detach())
+
+    forward = loss  # what DistributedDataParallel and FSDP2 wrap
+
+    def unused(self, masked: bool, height: int, width: int) -> list[nn.Parameter]:
+        """Parameters that no gradient reaches in a training step of this stage on (height, width) images."""
+        sides = [-(-side // self.multiple) * self.multiple // self.config.patch for side in (height, width)]
+        numbers = [(sides[0] >> n) * (sides[1] >> n) for n in range(self.num_levels)]
+        kept = [num_kept(number, ratio) for number, ratio in zip(numbers, self.ratios, strict=True)]
+        return self.net.unused({n for n in range(self.num_levels) if masked and kept[n] < numbers[n]})
+
+    def _levels_of(self, target, sources, sample_ids, rng, train, masked: bool, foreground) -> _Levels:
+        """All that a training step knows of its levels before the network runs."""
         targets = build_pyramid(self.pad(target), self.num_levels)
         source_levels = build_pyramid(self.pad(sources), self.num_levels)
         inside = self._foreground_levels(foreground)
-        maps = self.net.source_maps(source_levels[0])
         t = self._timesteps(sample_ids, rng, train)  # (B,) or (L, B)
+        abar = self.schedule(t)
+        levels = range(self.num_levels)
+        masks = [None] * self.num_levels
+        if masked:
+            numbers = [y.shape[2] * y.shape[3] // self.config.patch**2 for y in targets]
+            masks = [self._mask(n, numbers[n], sample_ids, rng, inside[n]) for n in levels]
+        eps = [self._normals(sample_ids, targets[n], rng, _philox.EPS + n) for n in levels]
         coarse_t = self._coarse_timesteps(sample_ids, rng)
-        vectors = self.net.modulations(t, coarse_t)
-        weights = [spec.weight for spec in config.levels]
-        terms = []
+        told: list[Tensor | None] = [None] * self.num_levels
+        if coarse_t is not None:
+            told[:-1] = [self._noised_coarse(targets[n + 1], sample_ids, rng, n + 1, coarse_t) for n in levels[:-1]]
+        return _Levels(
+            targets, source_levels, list(t) if t.dim() == 2 else [t] * self.num_levels,
+            list(abar) if t.dim() == 2 else [abar] * self.num_levels, masks, eps, t, coarse_t, told,
+        )  # fmt: skip
+
+    def _all_at_once(self, at: _Levels) -> list[Tensor]:
+        """Outputs a level where the truth stands for the coarser estimate: one pass over all levels."""
+        with stage("stem"):
+            maps = self.net.source_maps(at.sources[0])
+        with stage("modulations"):
+            vectors = self.net.packed_modulations(at.shared_t, at.coarse_t)
+        inputs = [
+            self._at(n, y, at.sources[n], at.told[n], at.abar[n], maps, eps=at.eps[n], mask=at.masks[n])
+            for n, y in enumerate(at.targets)
+        ]
+        return self.net.forward_levels(inputs, vectors)
+
+    def _one_by_one(self, at: _Levels) -> list[Tensor]:
+        """Outputs a level, coarse to fine, each reading the coarser one's x0 estimate, detached and clamped."""
+        with stage("stem"):
+            maps = self.net.source_maps(at.sources[0])
+        with stage("modulations"):
+            vectors = self.net.modulations(at.shared_t)
+        outs: list[Tensor] = [None] * self.num_levels
         coarse = None  # 0 at the coarsest level: ours, the paper does not say
-        for level in reversed(range(self.num_levels)):
-            y = targets[level]
-            level_t = t if t.dim() == 1 else t[level]
-            abar = self.schedule(level_t)
-            eps = self._normals(sample_ids, y, rng, _philox.EPS + level)
-            num_patches = y.shape[2] * y.shape[3] // config.patch**2
-            mask = self._mask(level, num_patches, sample_ids, rng, inside[level]) if masked else None
-            out, fraction = self._predict(level, y, source_levels[level], coarse, abar, maps, vectors,
-                                          eps=eps, mask=mask)  # fmt: skip
-            y_t = noised(y, eps, abar)
-            denoise, x0, eps_hat = self._level_loss(out, y, y_t, eps, abar, mask, train)
-            mmd = vlb = denoise.new_zeros(())
-            if train.mmd_weight > 0:
-                mmd = losses.cross_granularity(eps, eps_hat, config.patch, train.mmd_rows, sample_ids, level, rng,
-                                               train.mmd_kernel)  # fmt: skip
-            if fraction is not None:
-                vlb = losses.variational_bound(fraction, x0, y, y_t, level_t, self.schedule).mean()
-            terms.append((denoise, mmd, vlb))
-            if coarse_t is None:
-                coarse = x0.detach().clamp(-1, 1)
-            elif level:
-                coarse = self._noised_coarse(y, sample_ids, rng, level, coarse_t)
-        denoise, mmd, vlb = (torch.stack(term) for term in zip(*terms[::-1], strict=True))  # (L,) each
-        share = denoise.new_tensor(weights) / sum(weights)
-        total = (share * denoise).sum() + train.mmd_weight * mmd.sum()
-        if config.learn_variance:  # L_hybrid of Nichol & Dhariwal: the bound sums over all T steps
-            total = total + train.vlb_weight * self.schedule.timesteps * (share * vlb).sum()
-        return LossTerms(total, denoise.detach(), mmd.detach(), vlb.detach())
+        for n in reversed(range(self.num_levels)):
+            given = self._at(n, at.targets[n], at.sources[n], coarse, at.abar[n], maps, eps=at.eps[n], mask=at.masks[n])
+            outs[n] = self.net.forward_levels([given], vectors[n])[0]
+            if n:
+                with torch.no_grad():
+                    coarse = self._coarse_estimate(outs[n], at, n)
+        return outs
+
+    def _coarse_estimate(self, out: Tensor, at: _Levels, level: int) -> Tensor:
+        out = self._split(out)[0]
+        kind, y, eps, abar = self.config.prediction, at.targets[level], at.eps[level], at.abar[level]
+        mask = at.masks[level]
+        x0 = out if kind == "x0" else to_x0(kind, out, noised(y, eps, abar), abar)
+        if mask is not None and self.config.decoder_input == "token":  # masked tokens stand for x0
+            x0 = torch.where(losses.visible_pixels(mask[1], self.config.patch, *y.shape[2:]), x0, out)
+        return x0.clamp(-1, 1)
 
     def _timesteps(self, sample_ids: Tensor, rng, train: TrainConfig) -> Tensor:
         """(B,) for lockstep; (L, B), drawn independently, for cascade."""
@@ -177,7 +253,8 @@ class PHMDiff(nn.Module):
     def _estimate(self, level: int, y_t: Tensor, sources: Tensor, coarse, abar, maps, vectors):
         """(x0 clamped, variance fraction or None) of one level from a sampler's y_t."""
         clean = y_t / per_sample(abar.sqrt())  # embed_visible multiplies by sqrt(abar) again
-        out, fraction = self._predict(level, clean, sources, coarse, abar, maps, vectors)
+        given = self._at(level, clean, sources, coarse, abar, maps)
+        out, fraction = self._split(self.net.forward_levels([given], vectors[level])[0])
         return to_x0(self.config.prediction, out, y_t, abar).clamp(-1, 1), fraction
 
     @torch.no_grad()

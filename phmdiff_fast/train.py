@@ -11,22 +11,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__, data, pictures
+from . import __version__, attention, data, pictures
 from .checkpoint_writer import Writer
 from .config import Config
-from .device import deterministic, pick_device
+from .device import deterministic, kept_memory, pick_device
 from .distributed import Alone, Together, is_several, refuse_share
 from .errors import NONFINITE, USAGE, PhmdiffError
 from .files import LOCK, locked
+from .flops import best_peak
 from .guards import is_out_of_memory, out_of_memory
 from .held_out import held_out
-from .loader import Loader
+from .loader import Loader, Resident
+from .meters import Meter, line
+from .profiling import Profile
 from .progress import say, share_bar
 from .run_folder import Log, Status, read_log, start_folder, status_name
 from .signals import StopRequest
+from .stages import Clock, listening, nvtx_if_asked, stage
 from .trainer import Trainer
 
 LOG_EVERY = 10
+PROFILE_AFTER = 12  # steps: libraries have loaded, blocks are compiled, caches are filled
+PEAK_AFTER = 20  # seconds of training from which a CPU's peak is worth its measuring
 
 
 @dataclass
@@ -44,14 +50,15 @@ class Budget:
 
 def train(
     data_path, out, config: Config, *, split_file=None, fold: tuple[int, int] | None = None, resume=None,
-    progress: bool = True,
+    progress: bool = True, profile: bool = False,
 ) -> Path:  # fmt: skip
     """Train a run, or go on with one from its newest checkpoint; returns the run folder.
 
     data_path : cohort folder or CSV list; out : run folder; config : all settings, with
     ``train.minutes`` or ``train.steps`` set; split_file or fold (i, k): who is in training, validation and
     test, else drawn from the seed; resume : the checkpoint to go on from (step, name or path), else the newest that
-    is whole. Under torchrun every process calls this and takes its share of each batch.
+    is whole; profile : record a few steps (``profiling.py``) into out/profile. Under torchrun every process calls this
+    and takes its share of each batch.
 
     Raises PhmdiffError (2 settings, 3 data, 4 checkpoint, 5 non-finite loss or a jump of it, 6 memory, 7 a process
     of several is lost, 74 disk). Ctrl-C (KeyboardInterrupt) and SIGTERM (SystemExit 143) stop it at the end of a
@@ -66,6 +73,8 @@ def train(
     device = pick_device(tc.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(deterministic(tc.deterministic))
+        stack.enter_context(kept_memory(device))
+        stack.enter_context(attention.use(tc.attention))
         ranks: Alone = Alone()
         if is_several():
             ended = lambda line, code: Status(out, ranks.rank, ranks.world).ended(line, code)  # noqa: E731
@@ -78,11 +87,13 @@ def train(
             split, resumed = start_folder(out, config, cohort, split_file, fold)
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(out))
+        if profile:  # a replayed graph has no stages
+            config = config.model_copy(update={"train": tc.model_copy(update={"cuda_graph": "off"})})
         trainer = Trainer(out, config, ranks, device)
         try:
             split = trainer.set_up(data_path, cohort, split, resumed, progress)
             trainer.resume(resume)
-            _run(trainer, split, progress)
+            _run(trainer, split, progress, profile)
         except BaseException as problem:
             trainer.status.failed(problem)
             if made_here and not (out / "run.json").exists():
@@ -100,7 +111,7 @@ def _remove_start(out: Path) -> None:
             folder.rmdir()
 
 
-def _run(trainer: Trainer, split: dict, progress: bool) -> None:
+def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
     """Train until the budget is used up or somebody asks to stop."""
     config, tc, ranks, out = trainer.config, trainer.config.train, trainer.ranks, trainer.out
     budget = Budget(tc.steps, tc.minutes * 60 if tc.minutes else None)
@@ -109,17 +120,19 @@ def _run(trainer: Trainer, split: dict, progress: bool) -> None:
             say(f"{out} already has its {trainer.step} steps; give a larger budget to train on")
         return trainer.status.say("finished", step=trainer.step, exit_code=0)
     with ranks.busy():
-        watched = held_out(trainer.cache, split, config, trainer.device) if ranks.first else None
+        watched = held_out(trainer.cache, split, config, trainer.device, ranks)
     begun = time.monotonic()
     first_step, elapsed, last_saved = trainer.step, trainer.before, trainer.before
     pending: list[tuple[int, str, Tensor]] = []  # (step, stage, loss and whether not finite) not looked at yet
+    clock = Clock(trainer.device)
+    work = {masked: trainer.flops(masked) for masked in (True, False)}
 
     def look() -> None:
         """Losses are read here: on a GPU that waits for it, so not at every step."""
-        for (step, stage, _), (loss, bad) in zip(pending, _numbers(pending), strict=True):
+        for (step, part, _), (loss, bad) in zip(pending, _numbers(pending), strict=True):
             if bad:
-                trainer.refuse_nonfinite(step, stage == "masked")
-            if tc.on_spike == "warn" and (why := trainer.spikes.sees(loss, stage)) and ranks.first:
+                trainer.refuse_nonfinite(step, part == "masked")
+            if tc.on_spike == "warn" and (why := trainer.spikes.sees(loss, part)) and ranks.first:
                 say(f"{why}, at step {step} (--on-spike skip, rollback or stop would do more than say so)")
         pending.clear()
 
@@ -131,40 +144,53 @@ def _run(trainer: Trainer, split: dict, progress: bool) -> None:
         trainer.status.say("training", step=trainer.step)
         facts = {"seconds": elapsed, "version": __version__, "val_psnr": psnr, "config": config.fixed(),
                  "spikes": trainer.spikes.state()}  # fmt: skip
-        writer.save(trainer.step, trainer.groups(), facts)
+        with figures.paused("checkpoint"):
+            writer.save(trainer.step, trainer.together.full(trainer.groups()), facts)
 
     def save() -> None:
         """Validation figure and pictures of the averaged weights, and a checkpoint."""
-        psnr = None
-        if ranks.first:
-            with ranks.busy():
-                trainer.ema.swap()
-                psnr = watched.look(trainer.model.eval(), trainer.device, trainer.dtype, out / "pictures", trainer.step)
-                trainer.ema.swap()
+        with figures.paused("look"):
+            trainer.ema.swap()
+            where = out / "pictures"
+            psnr = watched.look(trainer.model.eval(), trainer.device, trainer.dtype, where, trainer.step, ranks)
+            trainer.ema.swap()
             trainer.model.train()
+        if ranks.first:
             log.write({"step": trainer.step, "seconds": round(elapsed, 3), "val_psnr": psnr})
             say(f"step {trainer.step}, {elapsed:.0f} s: {watched.who}s {psnr:.2f} dB (lookup table "
-                f"{watched.reference:.2f}); picture {out / 'pictures' / f'step-{trainer.step:08d}.png'}")  # fmt: skip
+                f"{watched.reference:.2f}); picture {where / f'step-{trainer.step:08d}.png'}")  # fmt: skip
         write_checkpoint(psnr)
         if ranks.first:
-            with ranks.busy():
+            with ranks.busy(), figures.paused("look"):
                 pictures.curves(out / "pictures" / "curves.png", read_log(out / "log.jsonl"),
                                 reference={"lookup table": watched.reference})  # fmt: skip
 
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(Log(out / "log.jsonl", trainer.step)) if ranks.first else None
-        meter = stack.enter_context(share_bar("training", progress and ranks.first))
+        shown = stack.enter_context(share_bar("training", progress and ranks.first))
+        stack.enter_context(listening(clock, nvtx_if_asked()))
         stop = stack.enter_context(StopRequest(quiet=not ranks.first))
-        loader = stack.enter_context(
-            Loader(trainer.cache, trainer.rows_at, first=trainer.step, workers=tc.workers, timeout=tc.worker_timeout)
-        )
+        if tc.data_device == "cpu":
+            how = dict(first=trainer.step, workers=tc.workers, timeout=tc.worker_timeout)
+            loader = stack.enter_context(Loader(trainer.cache, trainer.rows_at, **how))
+        else:
+            with ranks.busy():
+                slices = (trainer.cache, trainer.train_rows, trainer.rows_at, trainer.device)
+                loader = stack.enter_context(Resident(*slices, progress=progress and ranks.first))
         writer = stack.enter_context(
             Writer(out / "checkpoints", keep=tc.keep, rank=ranks.rank, world=ranks.world, token=ranks.token,
                    timeout=tc.peer_timeout, written=log and log.written)
         )  # fmt: skip
         trainer.status.say("training", step=trainer.step)
-        if searches_memory(trainer.device) and tc.micro_batch is None:
+        if searches_memory(trainer.device) and tc.micro_batch is None and (ranks.world == 1 or tc.parallel == "ddp"):
             trainer.find_micro_batch(loader)
+        if ranks.first:
+            say(trainer.how())
+        recorder = None
+        if profiled and ranks.first:
+            first = trainer.step + PROFILE_AFTER
+            recorder = stack.enter_context(Profile(out / "profile", first, device=trainer.device))
+        figures = Meter(trainer.device, clock=clock, world=ranks.world)
         while True:
             # --- what all processes agree on before a step
             now = trainer.before + time.monotonic() - begun
@@ -180,51 +206,65 @@ def _run(trainer: Trainer, split: dict, progress: bool) -> None:
             if asked or share >= 1:
                 break
 
-            # --- gradients
+            # --- the step
+            if recorder is not None:
+                with ranks.busy(), figures.paused("profile"):
+                    recorder.at(trainer.step)
             masked = share < 1 - tc.finetune_share
-            stage = "masked" if masked else "unmasked"
-            rows = trainer.rows_at(trainer.step)
+            part, why, bad = "masked" if masked else "unmasked", None, None
+            asked_for_data = time.monotonic()
+            with stage("data"):
+                inputs = trainer.inputs(loader.batch(trainer.step), trainer.step)
+            waited = time.monotonic() - asked_for_data
+            left_out = trainer.step in trainer.spikes.left_out
             try:
-                terms = trainer.gradients(loader.batch(trainer.step), rows, trainer.step, masked)
+                if tc.on_spike == "warn" and not left_out:
+                    terms, bad = trainer.work.whole(inputs, masked, trainer.micro, trainer.rate(share), trainer.step)
+                else:
+                    terms = trainer.work.gradients(inputs, masked, trainer.micro)
             except Exception as problem:
                 if is_out_of_memory(problem):
                     raise out_of_memory(trainer.micro, f"memory ran out at step {trainer.step}") from None
                 raise
-            ranks.average([p.grad for p in trainer.model.parameters() if p.grad is not None] + [terms.total])
 
-            # --- update, unless the loss jumps and that is not to be taken
-            why = None
-            if tc.on_spike != "warn" and math.isfinite(loss := float(terms.total)):
-                why = trainer.spikes.sees(loss, stage)
-            if why and tc.on_spike == "stop":
-                raise PhmdiffError("LOSS_SPIKE", f"{why} at step {trainer.step}, slices {rows.tolist()}",
-                                   "look at these slices, or lower train.lr", exit_code=NONFINITE)  # fmt: skip
-            if why and tc.on_spike == "rollback" and trainer.step not in trainer.spikes.left_out:
-                writer.wait()
-                trainer.go_back(log, why)
-                continue
-            if why or trainer.step in trainer.spikes.left_out:
-                if ranks.first:
-                    say(f"{why or 'a step gone back from'}: step {trainer.step} is left out")
-            else:
-                bad = trainer.update(terms, share)
-                pending.append((trainer.step, stage, torch.stack([terms.total.float(), bad])))
+            # --- its update, unless the loss jumps and that is not to be taken
+            if bad is None:
+                if tc.on_spike != "warn" and math.isfinite(loss := float(terms.total)):
+                    why = trainer.spikes.sees(loss, part)
+                if why and tc.on_spike == "stop":
+                    rows = trainer.rows_at(trainer.step).tolist()
+                    raise PhmdiffError("LOSS_SPIKE", f"{why} at step {trainer.step}, slices {rows}",
+                                       "look at these slices, or lower train.lr", exit_code=NONFINITE)  # fmt: skip
+                if why and tc.on_spike == "rollback" and not left_out:
+                    writer.wait()
+                    trainer.go_back(log, why)
+                    continue
+                if why or left_out:
+                    if ranks.first:
+                        say(f"{why or 'a step gone back from'}: step {trainer.step} is left out")
+                else:
+                    bad = trainer.work.update(terms, trainer.rate(share), trainer.step)
+            if bad is not None:
+                pending.append((trainer.step, part, torch.stack([terms.total.float(), bad])))
             trainer.step += 1
+            figures.step(len(inputs[0]), work[masked].tokens, work[masked].training, waited)
             logs = trainer.step % LOG_EVERY == 0 or trainer.step == 1
             if logs or trainer.device.type == "cpu":
-                look()
+                with stage("read loss"):
+                    look()
 
             # --- what people see, and checkpoints
             if logs and ranks.first:
-                rate = (trainer.step - first_step) * tc.batch_size / (time.monotonic() - begun)
+                if figures.peak is None and (trainer.device.type == "cuda" or elapsed > PEAK_AFTER):
+                    with figures.paused("profile"):
+                        figures.peak = best_peak(trainer.device, trainer.dtype)
                 record = {"step": trainer.step, "seconds": round(elapsed, 3), "loss": float(terms.total),
                           "denoise": terms.denoise.tolist(), "mmd": terms.mmd.tolist(),
                           **({"vlb": terms.vlb.tolist()} if config.model.learn_variance else {}),
-                          "lr": trainer.optimizer.param_groups[0]["lr"], "images_per_s": round(rate, 2),
-                          "stage": stage}  # fmt: skip
+                          "lr": trainer.rate(share), "stage": part, **figures.record()}  # fmt: skip
                 log.write(record)
-                meter.note(f"step {trainer.step}, {rate:.0f} images/s, loss {record['loss']:.4f}")
-            meter.at(share)
+                shown.note(line(trainer.step, record, record["loss"]))
+            shown.at(share)
             if elapsed - last_saved > tc.checkpoint_every:
                 save()
                 last_saved = elapsed
@@ -243,6 +283,8 @@ def _run(trainer: Trainer, split: dict, progress: bool) -> None:
     if asked and ranks.first:
         say(f"stopped at step {trainer.step}; the same command goes on from there")
     stop.end(int(asked))
+    if ranks.first and trainer.step > first_step:
+        say(figures.summary_text())
     if ranks.first:
         where = f"{trainer.device.type}, {str(trainer.dtype)[6:]}"
         say(f"{trainer.step} steps in {elapsed:.0f} s on {where}; run folder {out}")

@@ -8,24 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from . import __version__, checkpoint, data
-from .augment import augment, manner
+from .attention import describe
 from .cache import SliceCache, batch_rows
 from .config import Config
-from .device import autocast, pick_precision
+from .device import pick_precision
 from .distributed import Alone
-from .ema import EMA
 from .errors import CHECKPOINT, DATA, NONFINITE, PhmdiffError
 from .files import remove_unfinished, write_json
+from .flops import Flops, step_flops
 from .guards import ROLLBACKS, Spikes, fitting
 from .held_out import rows_of, spaced, subject_of
 from .loader import NAMES, Loader
-from .masking import level_complexity
-from .phmdiff import LossTerms, PHMDiff
+from .masking import level_complexity, num_kept
+from .parallel import wrap
+from .phmdiff import PHMDiff
 from .progress import say
 from .run_folder import Log, Status, begin, open_cache, read_facts, read_split
+from .step import Step
 
 
 def learning_rate(config, step: int, share: float) -> float:
@@ -52,6 +53,7 @@ class Trainer:
         self.written = -1  # the step of the last checkpoint
         self.spikes = Spikes()
         self.micro = config.train.micro_batch or config.train.batch_size // ranks.world
+        self.work: Step | None = None
 
     # --- set-up
 
@@ -69,12 +71,11 @@ class Trainer:
             cache = SliceCache.open(out / "cache", cohort, [*split["train"], *split["val"]], config.data)
         torch.manual_seed(tc.seed)  # initial weights; all later randomness is counter-based
         complexity = facts["complexity"]
-        self.model = PHMDiff(config.model, config.data.source_channels, 1, complexity).to(self.device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=tc.lr, betas=tc.betas, weight_decay=tc.weight_decay, fused=True
-        )
-        self.ema = EMA(self.model, tc.ema)
-        self.how = manner(config.data)
+        model = PHMDiff(config.model, config.data.source_channels, 1, complexity)
+        self.together = wrap(model, self.ranks, tc.parallel, self.device, self.dtype)
+        self.work = Step(self.together, config, self.device, self.dtype)
+        self.model = self.work.model
+        self.optimizer, self.ema = self.work.optimizer, self.work.ema
         self.cache, self.train_rows = cache, rows_of(cache, split["train"])
         return split
 
@@ -151,76 +152,80 @@ class Trainer:
                 "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model)}  # fmt: skip
 
     def load(self, latest: checkpoint.Checkpoint) -> None:
-        self.model.load_state_dict(latest.tensors("model", self.device))
-        self.ema.load_state_dict(latest.tensors("ema", self.device))
-        checkpoint.load_optimizer(self.optimizer, self.model, latest.tensors("optimizer", self.device))
+        shard = self.together.shard
+        self.model.load_state_dict(shard(latest.tensors("model", self.device)))
+        self.ema.load_state_dict(shard(latest.tensors("ema", self.device)))
+        checkpoint.load_optimizer(self.optimizer, self.model, shard(latest.tensors("optimizer", self.device)))
+        if self.work is not None:
+            self.work.forget()
         self.spikes.load(latest.manifest.get("spikes", {}))
         self.step = self.written = latest.step
 
     # --- a step
 
-    def rows_at(self, step: int) -> np.ndarray:
-        """This process' rows (B / world,) int64 of the batch of a step."""
+    def everybody_at(self, step: int) -> np.ndarray:
+        """Rows (W, B / W) int64 of the batch of a step, a row of it a process."""
         tc = self.config.train
         rows = batch_rows(len(self.train_rows), tc.batch_size, seed=tc.seed, step=step)
-        return self.train_rows[np.split(rows, self.ranks.world)[self.ranks.rank]]
+        return self.train_rows[rows].reshape(self.ranks.world, -1)
 
-    def loss(self, batch, rows: np.ndarray, step: int, masked: bool) -> LossTerms:
-        tc, rng = self.config.train, (self.config.train.seed, step)
-        sample_ids = torch.from_numpy(rows).to(self.device)
-        sources, target, inside = (part.to(self.device) for part in batch)
-        sources, target, inside = augment(sources, target, sample_ids, rng, tc, foreground=inside, **self.how)
-        with autocast(self.device, self.dtype):
-            return self.model.loss(target, sources, sample_ids, rng, tc, masked=masked, foreground=inside)
+    def rows_at(self, step: int) -> np.ndarray:
+        """This process' rows (B / W,) int64 of the batch of a step."""
+        return self.everybody_at(step)[self.ranks.rank]
 
-    def gradients(self, batch, rows: np.ndarray, step: int, masked: bool) -> LossTerms:
-        """Gradients of this process' share of a step, ``micro`` images at a time."""
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = []
-        for at in range(0, len(rows), self.micro):
-            here = slice(at, at + self.micro)
-            weight = len(rows[here]) / len(rows)
-            terms = self.loss([part[here] for part in batch], rows[here], step, masked)
-            (terms.total if weight == 1 else terms.total * weight).backward()
-            parts.append([value.detach() * weight for value in (terms.total, terms.denoise, terms.mmd, terms.vlb)])
-        return LossTerms(*(sum(values[1:], values[0]) for values in zip(*parts, strict=True)))
+    def inputs(self, batch, step: int) -> list:
+        """What ``Step`` is given of a batch."""
+        return self.work.inputs(batch, self.everybody_at(step), step)
+
+    def rate(self, share: float) -> float:
+        """The learning rate of this step, ``share`` of the budget used."""
+        return learning_rate(self.config.train, self.step, share)
+
+    def flops(self, masked: bool) -> Flops:
+        """Of this process' share of a step."""
+        images = self.config.train.batch_size // self.ranks.world
+        data = self.config.data
+        return step_flops(self.config.model, data.source_channels, data.image_size, images, masked, self.model.ratios)
+
+    def how(self) -> str:
+        """The line of a start that says what the steps run on."""
+        config, tc, model = self.config.model, self.config.train, self.model
+        side = -(-self.config.data.image_size // model.multiple) * model.multiple // config.patch
+        tokens = [(side >> n) ** 2 for n in range(model.num_levels)]
+        kept = tuple(num_kept(number, ratio) for number, ratio in zip(tokens, model.ratios, strict=True))
+        lengths = kept if config.coarse == "teacher" else kept[:1]
+        attention = describe(self.device, self.dtype, config.width // config.heads, lengths, tc.attention)
+        parts = [attention]
+        parts += ["blocks compiled"] if self.work.compiled else []
+        parts += ["steps replayed as CUDA graphs"] if self.work.replays else []
+        parts += [f"{self.ranks.world} processes ({tc.parallel})"] if self.ranks.world > 1 else []
+        return "; ".join(parts)
 
     def find_micro_batch(self, loader: Loader) -> None:
         """Fewer images at a time where a step of the unmasked stage, the largest, does not fit into the memory."""
-        rows, batch = self.rows_at(self.step), loader.batch(self.step)
+        inputs = self.inputs(loader.batch(self.step), self.step)
 
         def attempt(images: int) -> None:
             self.micro = images
-            self.gradients(batch, rows, self.step, masked=False)
+            self.work.gradients(inputs, masked=False, micro=images, alone=True)
 
         fits = fitting(attempt, self.micro)
         self.micro = -int(self.ranks.max(-fits)[0])  # the smallest of all processes
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ranks.first and self.micro < len(rows):
-            say(f"{self.micro} of {len(rows)} images at a time fit into memory")
-
-    def update(self, terms: LossTerms, share: float) -> Tensor:
-        """Clip and step, unless a gradient is not finite; 1 where it was not, else 0."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.grad_clip)
-        bad = (~(torch.isfinite(norm) & torch.isfinite(terms.total))).float()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.train, self.step, share)
-        # The fused step leaves everything as it is where this is 1: no wait for the GPU is needed to be sure of it.
-        self.optimizer.found_inf = bad
-        self.optimizer.step()
-        self.ema.update(self.step)
-        return bad
+        if self.ranks.first and self.micro < len(inputs[0]):
+            say(f"{self.micro} of {len(inputs[0])} images at a time fit into memory")
 
     def refuse_nonfinite(self, step: int, masked: bool) -> None:
         """Find the slices whose loss is not finite, write down all that repeats the step, and raise NONFINITE."""
         tc, ranks = self.config.train, self.ranks
-        everybody = self.train_rows[batch_rows(len(self.train_rows), tc.batch_size, seed=tc.seed, step=step)]
-        mine = self.rows_at(step)
+        shares = self.everybody_at(step)
+        everybody, mine = shares.ravel(), shares[ranks.rank]
         wrong = np.zeros(len(everybody))
         for i in range(len(mine)):
             batch = [torch.from_numpy(self.cache.batch(mine[i : i + 1])[name]) for name in NAMES]
             with torch.no_grad():
-                finite = math.isfinite(float(self.loss(batch, mine[i : i + 1], step, masked).total))
+                inputs = self.work.inputs(batch, shares[:, i : i + 1], step)
+                finite = math.isfinite(float(self.work.loss(*inputs, masked).total))
             wrong[ranks.rank * len(mine) + i] = not finite
         found = [int(row) for row, bad in zip(everybody, ranks.max(*wrong), strict=True) if bad]
         file = self.out / f"nonfinite-{step:08d}.json"

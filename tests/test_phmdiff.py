@@ -206,14 +206,14 @@ def awake(**more) -> PHMDiff:
 
 
 def spied(model) -> list[dict]:
-    """Record what every call of the network gets."""
-    calls = []
-    model.net.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(
-            dict(y=args[0], sources=args[1], coarse=args[2], abar=args[4], level=args[5], **kwargs)
-        ),
-        with_kwargs=True,
-    )
+    """Record what the network gets at each level of every call."""
+    calls, forward = [], model.net.forward_levels
+
+    def recorded(inputs, vectors):
+        calls.extend(vars(at) | {"together": len(inputs)} for at in inputs)
+        return forward(inputs, vectors)
+
+    model.net.forward_levels = recorded
     return calls
 
 
@@ -285,8 +285,8 @@ def test_a_teacher_shows_the_true_coarse_image_with_noise_that_the_network_is_to
     _, target = images()
     true_coarse = torch.nn.functional.avg_pool2d(target, 2)
     eps = _philox.normals(ids, 256, rng=(0, 3), stream=18).view_as(true_coarse)
-    assert calls[-1]["level"] == 0
-    torch.testing.assert_close(calls[-1]["coarse"], noised(true_coarse, eps, model.schedule(told)))
+    assert [(call["level"], call["together"]) for call in calls] == [(0, 3), (1, 3), (2, 3)]  # one pass for all levels
+    torch.testing.assert_close(calls[0]["coarse"], noised(true_coarse, eps, model.schedule(told)))
     # The told noise level changes the conditioning of all levels but the coarsest.
     t = torch.full((4,), 300)
     quiet, loud = (model.net.modulations(t, torch.full((4,), s)) for s in (0, 200))
@@ -338,8 +338,8 @@ def test_diffmae_encodes_clean_source_patches_and_denoises_every_target_patch():
             coarse = torch.zeros(4, 1, 16, 16)
             vectors = model.net.modulations(torch.full((4,), 500))
             maps = model.net.source_maps(source)
-            out, _ = model._predict(0, target, source, coarse, abar, maps, vectors, eps=eps, mask=mask)
-            tokens.append(out)
+            at = model._at(0, target, source, coarse, abar, maps, eps=eps, mask=mask)
+            tokens.append(model.net.forward_levels([at], vectors[0])[0])
     assert tokens[0].shape[1] == 16  # 64 patches less 75 %
     assert torch.equal(tokens[0], tokens[2])  # the encoder never sees the noisy target
     patches = (tokens[1] - tokens[3]).abs().unfold(2, 4, 4).unfold(3, 4, 4).amax((1, 4, 5))

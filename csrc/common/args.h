@@ -71,6 +71,45 @@ struct HaarArgs {
   int64_t batch, channels, x, y, z;  // of the volume; the bands are half, rounded up; both contiguous
 };
 
+// Rows of tokens: row r of sample s lies at data + s sample + r row, in elements. Packed rows are numbered over all
+// samples: sample is 0.
+struct TokenRows {
+  const void* data = nullptr;
+  int64_t sample = 0, row = 0;
+};
+
+// A vector of each sample, `row` elements apart.
+struct SampleVectors {
+  const void* data = nullptr;
+  int64_t row = 0;
+};
+
+// Consecutive rows of one sample, of the `parts` that the sample is cut into.
+struct Stretch {
+  int64_t sample, first, count, parts;
+};
+
+// Modulated LayerNorm (kernels/adaln.py) and its backward; what is not given or not asked for is null.
+struct AdalnArgs {
+  TokenRows x, h;              // x is of the backward what was normalised
+  TokenRows dy, dnew;          // gradients of y and x'
+  SampleVectors gate, shift, scale;
+  void *new_x, *y, *dx, *dh;   // contiguous; sample s begins at row s rows
+  void *dgate, *dshift, *dscale;  // (S, D), contiguous
+  float* partial;              // (stretches, 3, D): sums of stretches whose sample has several
+  const Stretch* stretches;
+  const int64_t* first_stretch;  // (S + 1,), of each sample
+  int64_t width, rows;
+  float eps;
+};
+
+// Types of the residual and of everything else.
+template <typename X, typename V>
+struct AdalnTypes {
+  using Residual = X;
+  using Branch = V;
+};
+
 // `count` numbers of each of `batch` samples, from the first of the stream on: (batch, count), contiguous.
 struct DrawArgs {
   Normals normals;

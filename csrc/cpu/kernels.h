@@ -39,6 +39,16 @@ struct Tables {
   void haar_forward(const HaarArgs&, int64_t begin, int64_t end);                              \
   template <typename T>                                                                        \
   void haar_inverse(const HaarArgs&, int64_t begin, int64_t end);                              \
+  template <typename Types>                                                                    \
+  void adaln_forward(const AdalnArgs&, int64_t begin, int64_t end);                            \
+  template <typename Types>                                                                    \
+  void adaln_backward(const AdalnArgs&, int64_t begin, int64_t end);                           \
+  template <typename Types>                                                                    \
+  void adaln_add_parts(const AdalnArgs&, int64_t begin, int64_t end);                          \
+  template <typename T>                                                                        \
+  void gelu_forward(const void* x, void* y, int64_t begin, int64_t end);                       \
+  template <typename T>                                                                        \
+  void gelu_backward(const void* dy, const void* x, void* dx, int64_t begin, int64_t end);     \
   void normals_row(const Stream&, int64_t first, int64_t count, float* out);                   \
   void integers_row(const Stream&, int64_t first, int64_t count, int64_t* out);
 

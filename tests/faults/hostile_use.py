@@ -41,11 +41,13 @@ class User:
         from phmdiff_fast.config import Config
         from phmdiff_fast.distributed import Alone
         from phmdiff_fast.ema import EMA
+        from phmdiff_fast.parallel import Single
         from phmdiff_fast.trainer import Trainer
 
         torch.manual_seed(0)
         self.training = training = Trainer(out, Config(), Alone(), torch.device("cpu"))
         training.model = torch.nn.Linear(400, 300)
+        training.together = Single(training.model, training.ranks)
         training.optimizer = torch.optim.AdamW(training.model.parameters(), fused=True)
         training.ema = EMA(training.model, 0.9)
 
