@@ -57,7 +57,8 @@ sanitize: $(VENV)/.test
 	PHMDIFF_SANITIZE=1 PHMDIFF_CUDA=0 $(BIN)/python setup.py -q build_ext --build-temp build/sanitize --build-lib build/sanitize/lib
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PHMDIFF_EXTENSION=$(CURDIR)/$(SANITIZED) \
-	$(BIN)/python -m pytest -s $(wildcard tests/test_pyramid*.py) tests/test_haar.py tests/test_philox.py tests/test_phmdiff.py
+	$(BIN)/python -m pytest -s $(wildcard tests/test_pyramid*.py) tests/test_haar.py tests/test_philox.py tests/test_phmdiff.py \
+		tests/test_adaln_extension.py tests/test_gelu.py $(wildcard tests/test_short_attention_extension.py)
 
 # Registers and spills of every kernel on sm_80, sm_90 and sm_100, and bytes moved over the floor. No GPU needed.
 kernel-report: $(VENV)/.test

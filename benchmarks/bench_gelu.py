@@ -46,9 +46,8 @@ def _case(shape: tuple[int, int, int], kind: str) -> Case:
                 tags=frozenset({"cpu"}))  # fmt: skip
 
 
-CASES = [
-    _case(shape, kind) for shape in ((32, 256, 768), (32, 64, 768), (32, 64, 1536), (2, 16, 384)) for kind in KINDS
-]
+SHAPES = ((32, 256, 768), (32, 64, 768), (32, 64, 1536), (2, 16, 384))
+CASES = [_case(shape, kind) for shape in SHAPES for kind in KINDS]
 
 
 @parametrize(CASES)

@@ -2,7 +2,7 @@
 
 softmax(q k^T / sqrt(d)) v inside each sequence, for tokens as a dense batch or packed (packing.py):
 
-    short     our Triton kernel (kernels/short_attention.py): sequences up to 128 tokens, each in one tile
+    short     our Triton kernel (kernels/short_attention.py): sequences up to 128 tokens, several in one program
     varlen    torch.nn.attention.varlen: sequences of different lengths in one flash-attention call
     fa3       the same call on FlashAttention-3, where torch and the flash_attn_interface package offer it
     xformers  memory_efficient_attention, with a block-diagonal mask for packed tokens
@@ -66,7 +66,7 @@ def attend_packed(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
     name = _name(qkv, heads, longest, mixed=shortest != longest)
     if shortest == longest:  # one length: a dense batch of all sequences, (S, K, 3 D)
         return _dense(qkv.unflatten(0, (packing.sequences, longest)), heads, name).flatten(0, 1)
-    if name == "short":
+    if name == "short" and _tile(shortest) == _tile(longest):
         return _short(qkv, heads, packing.cu_tokens(qkv.device), longest)
     if name in ("varlen", "fa3"):
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(1)  # (T, heads, d)
@@ -206,12 +206,17 @@ def _name(qkv: Tensor, heads: int, longest: int, mixed: bool) -> str:
     """The backend for these tensors. torch.compile sees constants and comparisons here: it guards on ``_wanted``,
     on the type and on where the lengths lie, and lets the number of tokens vary inside that."""
     if longest <= MOST_TOKENS:
-        rounded = 16 if longest <= 16 else 32 if longest <= 32 else 64 if longest <= 64 else MOST_TOKENS
+        rounded = _tile(longest)
     else:  # only the error that is coming tells the number
         rounded = operator.index(longest) if _wanted == "short" else MOST_TOKENS + 1
     head_dim = operator.index(qkv.shape[-1] // (3 * heads))  # a number in a compiled graph as well
     dense, mixed = 1 if longest <= DENSE_TOKENS else 0, 1 if mixed else 0  # bool() would stay a symbol
     return _resolve(qkv.device.type, qkv.dtype, head_dim, rounded, dense, mixed, _wanted)
+
+
+def _tile(length: int) -> int:
+    """Rows of the short kernel's tile for a sequence; levels of other tiles get a call of their own."""
+    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else MOST_TOKENS
 
 
 def _resolve(kind: str, dtype: torch.dtype, head_dim: int, longest: int, dense: bool, mixed: bool, wanted: str) -> str:

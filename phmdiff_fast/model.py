@@ -23,6 +23,7 @@ from .attention import attend, attend_packed
 from .config import ModelConfig
 from .convolutions import Head, Stem
 from .kernels.adaln import adaln_modulate, gated_residual_adaln
+from .kernels.gelu import gelu
 from .kernels.patch_mask import embed_visible, restore_tokens, unpatchify
 from .packing import Packing, packing_of
 from .stages import stage
@@ -79,7 +80,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -109,10 +109,14 @@ class Copies(Several):
 
     def __init__(self, model: PHMDiff, ranks: Alone):
         super().__init__(model, ranks)
+        self._at: tuple | None = None
         self._idle: set[int] | None = None
         self.module = None  # until the first stage
 
     def stage(self, masked: bool, height: int, width: int) -> None:
+        if (masked, height, width) == self._at:
+            return
+        self._at = (masked, height, width)
         idle = {id(parameter) for parameter in self.model.unused(masked, height, width)}
         if idle == self._idle:
             return

@@ -211,7 +211,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
                 with ranks.busy(), figures.paused("profile"):
                     recorder.at(trainer.step)
             masked = share < 1 - tc.finetune_share
-            part, why, bad = "masked" if masked else "unmasked", None, None
+            part, lr, why, bad = "masked" if masked else "unmasked", trainer.rate(share), None, None
             asked_for_data = time.monotonic()
             with stage("data"):
                 inputs = trainer.inputs(loader.batch(trainer.step), trainer.step)
@@ -219,7 +219,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
             left_out = trainer.step in trainer.spikes.left_out
             try:
                 if tc.on_spike == "warn" and not left_out:
-                    terms, bad = trainer.work.whole(inputs, masked, trainer.micro, trainer.rate(share), trainer.step)
+                    terms, bad = trainer.work.whole(inputs, masked, trainer.micro, lr, trainer.step)
                 else:
                     terms = trainer.work.gradients(inputs, masked, trainer.micro)
             except Exception as problem:
@@ -243,7 +243,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
                     if ranks.first:
                         say(f"{why or 'a step gone back from'}: step {trainer.step} is left out")
                 else:
-                    bad = trainer.work.update(terms, trainer.rate(share), trainer.step)
+                    bad = trainer.work.update(terms, lr, trainer.step)
             if bad is not None:
                 pending.append((trainer.step, part, torch.stack([terms.total.float(), bad])))
             trainer.step += 1
@@ -261,7 +261,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
                 record = {"step": trainer.step, "seconds": round(elapsed, 3), "loss": float(terms.total),
                           "denoise": terms.denoise.tolist(), "mmd": terms.mmd.tolist(),
                           **({"vlb": terms.vlb.tolist()} if config.model.learn_variance else {}),
-                          "lr": trainer.rate(share), "stage": part, **figures.record()}  # fmt: skip
+                          "lr": lr, "stage": part, **figures.record()}  # fmt: skip
                 log.write(record)
                 shown.note(line(trainer.step, record, record["loss"]))
             shown.at(share)

@@ -57,3 +57,19 @@ def test_the_reference_is_what_a_lookup_table_reaches(tiny_cohort, tmp_path):
     assert watched.who == "held-out slice"
     assert watched.rows.tolist() == cache.rows_of("p2").tolist()
     assert held_out.slice_psnr(grey, watched.target) + 3 < watched.reference < 60
+
+
+def test_a_look_takes_a_few_slices_at_a_time_and_each_keeps_its_number(tmp_path):
+    seen = []
+
+    class Numbered(Fixed):
+        def translate(self, sources, sample_ids, settings):
+            seen.append(sample_ids.tolist())
+            return super().translate(sources, sample_ids, settings)
+
+    count = held_out.LOOK_BATCH + 3
+    images = torch.zeros(count, 1, 16, 16)
+    looking = held_out.HeldOut(images, images, np.arange(100, 100 + count), "slice", Config(), 20.0)
+    looking.look(Numbered(), torch.device("cpu"), torch.float32, tmp_path, 1)
+    assert [len(part) for part in seen] == [held_out.LOOK_BATCH, 3]
+    assert [number for part in seen for number in part] == list(range(100, 100 + count))

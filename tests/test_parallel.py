@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import socket
+import sys
 import time
 import traceback
 from multiprocessing import get_context
@@ -17,8 +18,9 @@ import torch
 
 from phmdiff_fast import checkpoint, evaluate, generate, held_out, losses, parallel
 from phmdiff_fast.config import build_config
-from phmdiff_fast.distributed import Alone, Together
+from phmdiff_fast.distributed import Alone, Together, processes
 from phmdiff_fast.ema import EMA
+from phmdiff_fast.errors import PhmdiffError
 from phmdiff_fast.model import TimestepEmbedder
 from phmdiff_fast.phmdiff import PHMDiff
 
@@ -206,15 +208,12 @@ CASES = {  # model, train, stages (masked), micro-batch
     "cascade, learned variance, no MMD": ({"coupling": "cascade", "learn_variance": True}, {"mmd_weight": 0.0}, [True],
                                           2),
 }  # fmt: skip
-IN_FLOAT32 = {"predicted, MMD", "MMD of all rows, micro-batches"}
-WITH_FSDP = {*IN_FLOAT32, "teacher, MMD", "token"}
+IN_FLOAT32 = ["predicted, MMD", "MMD of all rows, micro-batches"]
+WITH_FSDP = [*IN_FLOAT32, "teacher, MMD", "token"]  # in the others is nothing that FSDP2 sees otherwise
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("kind", "case"), [*(("ddp", case) for case in CASES), *(("fsdp", c) for c in WITH_FSDP)])
 def test_gradients_of_two_are_those_of_one(pair, kind, case):
-    if kind == "fsdp" and case not in WITH_FSDP:
-        pytest.skip("nothing in it that FSDP2 sees otherwise")
     limits = {torch.float64: (1e-13, 1e-11)} | ({torch.float32: (1e-6, 3e-6)} if case in IN_FLOAT32 else {})
     for dtype, (limit, of_a_parameter) in limits.items():
         first, second = pair.run(gradients, kind, *CASES[case], dtype)
@@ -435,6 +434,42 @@ def lost(how: str, rank: int, port: int, kind: str, folder) -> None:
                     terms.total.register_hook(ends.get(how, lambda _: 1 / 0))
                 terms.total.backward()
         ranks.part()
+
+
+def refusing(how: str, rank: int, port: int, folder) -> None:
+    """Process 1 alone, or both, cannot read a file; processes that go on wait in a collective."""
+    os.dup2(os.open(folder / f"{how}-{rank}.err", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))  # fmt: skip
+    try:
+        with processes(CPU, timeout=20) as ranks:
+            with ranks.told_once():
+                pass
+            with ranks.told_once():
+                if how == "both" or rank == 1:
+                    raise PhmdiffError("NII_TRUNC", "is cut short", exit_code=3, file="a.nii")
+            ranks.max(1.0)
+    except PhmdiffError as problem:
+        print(problem.line(), file=sys.stderr, flush=True)
+        os._exit(problem.exit_code)
+
+
+def test_what_all_would_say_is_said_once(tmp_path):
+    context, ports = get_context("forkserver"), {"both": free_port(), "one": free_port()}
+    children = {
+        how: [context.Process(target=refusing, args=(how, rank, port, tmp_path)) for rank in range(2)]
+        for how, port in ports.items()
+    }
+    for child in (child for both in children.values() for child in both):
+        child.start()
+    for how, both in children.items():
+        for child in both:
+            child.join(30)
+        told = [(tmp_path / f"{how}-{rank}.err").read_text() for rank in range(2)]
+        assert [child.exitcode for child in both] == [3, 3], told
+        teller = 0 if how == "both" else 1
+        assert told[teller].count("error[NII_TRUNC]") == 1
+        assert told[1 - teller] == ""
 
 
 def test_r5_a_process_lost_in_a_backward_pass_is_named(tmp_path):

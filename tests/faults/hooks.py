@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from phmdiff_fast import cache, checkpoint, checkpoint_writer, held_out, phmdiff, run_folder, train, trainer
+from phmdiff_fast import step as step_room
 
 
 def die() -> None:
@@ -19,14 +20,14 @@ def die() -> None:
 
 def at_step(wanted: int, act):
     """Call ``act`` in the middle of a step: after its gradients, before its update."""
-    real = trainer.learning_rate
+    real = step_room.Step.update
 
-    def rate(config, step, share):
+    def update(self, terms, lr, step):
         if step == wanted:
             act()
-        return real(config, step, share)
+        return real(self, terms, lr, step)
 
-    trainer.learning_rate = rate
+    step_room.Step.update = update
 
 
 MOMENTS = ("before_update", "copying", "half_a_shard", "before_manifest", "before_rename", "before_said", "pruning",
@@ -108,15 +109,15 @@ def plain() -> None:
 
 def trace(path: str) -> None:
     """Write down the number of steps made, after each."""
-    real = trainer.Trainer.update
+    real = step_room.Step.update
 
-    def update(self, *given):
-        made = real(self, *given)
+    def update(self, terms, lr, step):
+        made = real(self, terms, lr, step)
         with open(path, "a") as file:
-            file.write(f"{self.step + 1}\n")
+            file.write(f"{step + 1}\n")
         return made
 
-    trainer.Trainer.update = update
+    step_room.Step.update = update
 
 
 def slow_start(seconds: str) -> None:
@@ -133,13 +134,13 @@ def slow_start(seconds: str) -> None:
 
 def slow(seconds: str) -> None:
     """Every step takes at least so long."""
-    real = trainer.learning_rate
+    real = step_room.Step.update
 
-    def rate(*given):
+    def update(*given):
         time.sleep(float(seconds))
         return real(*given)
 
-    trainer.learning_rate = rate
+    step_room.Step.update = update
 
 
 def signal_at(step: str, *numbers: str) -> None:
@@ -197,7 +198,7 @@ def jump(*steps: str) -> None:
             terms.total = terms.total * 1000
         return terms
 
-    phmdiff.PHMDiff.loss = loss
+    phmdiff.PHMDiff.loss = phmdiff.PHMDiff.forward = loss
 
 
 def small_memory(images: str, from_step: str = "0") -> None:
@@ -209,7 +210,7 @@ def small_memory(images: str, from_step: str = "0") -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return real(self, target, sources, ids, rng, *more, **others)
 
-    phmdiff.PHMDiff.loss = loss
+    phmdiff.PHMDiff.loss = phmdiff.PHMDiff.forward = loss
     train.searches_memory = lambda device: True
 
 
@@ -247,10 +248,10 @@ def forget(state: str) -> None:
             for values in self.optimizer.state.values():
                 values[state].zero_()
         elif state == "position":
-            self.rows_at = lambda step, rows=self.rows_at, back=self.step: rows(step - back)
+            self.everybody_at = lambda step, rows=self.everybody_at, back=self.step: rows(step - back)
         elif state == "rng":
-            real_loss = self.loss
-            self.loss = lambda batch, rows, step, masked, back=self.step: real_loss(batch, rows, step - back, masked)
+            real_loss, back = self.work.loss, self.step
+            self.work.loss = lambda *given, **more: real_loss(*given[:4], given[4] - back, *given[5:], **more)
         elif state == "schedule":
             rate, back = trainer.learning_rate, self.step
             trainer.learning_rate = lambda config, step, share: rate(config, step - back, share)

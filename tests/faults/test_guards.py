@@ -58,24 +58,24 @@ def test_r1_the_weights_are_those_before_the_step(tiny_cohort, tmp_path, monkeyp
     """The update itself leaves everything as it is: so it is on a GPU, where the loss is looked at later."""
     from conftest import cli
 
-    from phmdiff_fast import trainer
+    from phmdiff_fast.step import Step
 
     seen = []
-    real = trainer.Trainer.update
+    real = Step.update
 
-    def update(self, terms, share):
-        if self.step == 2:
+    def update(self, terms, lr, step):
+        if step == 2:
             next(self.model.parameters()).grad[0] = float("nan")
         states = [value.clone() for state in self.optimizer.state.values() for value in state.values()]
         before = [p.detach().clone() for p in self.model.parameters()] + states
-        bad = real(self, terms, share)
+        bad = real(self, terms, lr, step)
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         after = [p.detach() for p in self.model.parameters()] + states
         same = len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         seen.append((float(bad), same))
         return bad
 
-    monkeypatch.setattr(trainer.Trainer, "update", update)
+    monkeypatch.setattr(Step, "update", update)
     assert cli(*command(tiny_cohort, tmp_path / "run")) == 5
     assert seen == [(0, False), (0, False), (1, True)]
 

@@ -51,7 +51,6 @@ FAULTS = [
     (KERNEL, "for (float* row : sums) std::fill(row, row + n, 0.0f);", "", "sums of the stretch before kept"),
     (KERNEL, "a.partial + (3 * unit + k) * n", "a.partial + 3 * unit * n", "partial sums over each other"),
     (KERNEL, "a.partial + (3 * (first + part) + k) * n", "a.partial + (3 * part + k) * n", "the first sample's parts"),
-    (KERNEL, "if ((part + 1) % SUMMED == 0 || part", "if (part", "no steps between partial sums"),
     (KERNEL, "k < 3 && parts > 1;", "k < 3 && parts > 2;", "samples of two stretches never added up"),
     (KERNEL, "row_of<V>(a.h, s.sample, row) :", "row_of<V>(a.h, s.sample, s.first) :", "h of the first row for all"),
     # what calls them

@@ -9,7 +9,7 @@ CHECKPOINT, WRITER = "phmdiff_fast/checkpoint.py", "phmdiff_fast/checkpoint_writ
 FORMAT = "phmdiff_fast/checkpoint_format.py"
 TRAIN, TRAINER, FOLDER = "phmdiff_fast/train.py", "phmdiff_fast/trainer.py", "phmdiff_fast/run_folder.py"
 RANKS, LOADER, GUARDS = "phmdiff_fast/distributed.py", "phmdiff_fast/loader.py", "phmdiff_fast/guards.py"
-SIGNALS = "phmdiff_fast/signals.py"
+SIGNALS, STEP = "phmdiff_fast/signals.py", "phmdiff_fast/step.py"
 FAULTS = [
     (CHECKPOINT, "        temporary.rename(final)\n", "        shutil.copytree(temporary, final)\n", "not renamed"),
     (FORMAT, "            total.update(data)\n", "            total.update(data[:8])\n", "half of a file hashed"),
@@ -26,10 +26,10 @@ FAULTS = [
     (TRAIN, '"spikes": trainer.spikes.state()', '"spikes": {}', "the window of losses is not kept"),
     (TRAIN, "        look()\n        if trainer.step ==", "        if trainer.step ==", "a bad step may be saved"),
     (TRAINER, "self.step = self.written = latest.step", "self.step = self.written = latest.step + 1", "a step too far"),
-    (TRAINER, "[self.ranks.rank]]", "[0]]", "all processes see the same share"),
+    (TRAINER, "self.everybody_at(step)[self.ranks.rank]", "self.everybody_at(step)[0]", "all see the same share"),
     (TRAINER, 'self.before = float(latest.manifest["seconds"])', "self.before = 0.0", "the clock begins again"),
-    (TRAINER, "self.optimizer.found_inf = bad", "self.optimizer.found_inf = None", "updated with NaN"),
-    (TRAINER, "weight = len(rows[here]) / len(rows)", "weight = 1.0", "micro-batches are added, not averaged"),
+    (STEP, "self.optimizer.found_inf = bad", "self.optimizer.found_inf = None", "updated with NaN"),
+    (STEP, "weight = len(here[0]) / count", "weight = 1.0", "micro-batches are added, not averaged"),
     (TRAINER, "left_out, rollbacks = {*spikes.left_out, self.step}", "left_out, rollbacks = {self.step + 1}", "loops"),
     (TRAINER, "latest.refuse_other(self.config, self.model.state_dict())", "pass", "another run's checkpoint"),
     (FOLDER, 'if record["step"] <= step]', "]", "the log keeps what was lost"),
