@@ -225,11 +225,15 @@ def test_shapes_are_known_without_numbers(kind, name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a GPU that is not there")
 @pytest.mark.parametrize(("lengths", "dtype", "name", "calls"), [
-    ((64, 32, 12), BF16, "short", 3), ((64, 48), BF16, "short", 1), ((256, 64), BF16, "varlen", 1), ((256,), BF16, "sdpa", 1),
+    ((64, 32, 12), BF16, "short", 3), ((64, 48), BF16, "short", 1), ((256, 64), BF16, "varlen", 1),
+    ((256,), BF16, "sdpa", 1),
     ((256, 256), BF16, "sdpa", 1), ((64, 32), torch.float32, "sdpa", 2),
 ])  # fmt: skip
 def test_on_a_gpu_the_chosen_operation_runs(lengths, dtype, name, calls):
-    """Once for all sequences, SDPA once a length, the short kernel once a size of its tiles; without a GPU torch writes SDPA out, with its own softmax."""
+    """Once for all sequences, SDPA once a length, the short kernel once a size of its tiles.
+
+    Without a GPU torch writes SDPA out, with its own softmax.
+    """
     if name == "varlen" and (why := why_not(name, CUDA, dtype, DIM, lengths)):
         pytest.skip(why)
     marks = {"short": "phmdiff_fast.short_attention", "varlen": "_varlen_attn", "sdpa": "_safe_softmax"}

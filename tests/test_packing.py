@@ -30,13 +30,15 @@ def test_pack_and_views_are_inverse_and_views_copy_nothing():
 def test_cu_tokens_are_the_ends_of_the_sequences_level_by_level():
     packing = packing_of(3, (4, 2))
     cu = packing.cu_tokens(torch.device("cpu"))
-    assert cu.dtype == torch.int32 and cu.tolist() == [0, 4, 8, 12, 14, 16, 18]
+    assert cu.dtype == torch.int32
+    assert cu.tolist() == [0, 4, 8, 12, 14, 16, 18]
     assert packing_of(3, (4, 2)).cu_tokens(torch.device("cpu")) is cu  # made once
 
 
 def network(**more) -> MaskedDiT:
-    config = dict(depth=2, width=32, heads=2, decoder_depth=2, decoder_width=16, decoder_heads=2, patch=4, stem_width=8,
-                  head_width=8, levels=[LevelSpec(mask_ratio=r) for r in (0.75, 0.5, 0.25)], coarse="teacher")  # fmt: skip
+    config = dict(depth=2, width=32, heads=2, decoder_depth=2, decoder_width=16, decoder_heads=2, patch=4,
+                  stem_width=8, head_width=8, coarse="teacher",
+                  levels=[LevelSpec(mask_ratio=r) for r in (0.75, 0.5, 0.25)])  # fmt: skip
     torch.manual_seed(0)
     net = MaskedDiT(ModelConfig(**{**config, **more}), 1)
     for p in net.parameters():  # adaLN-Zero starts as the identity
@@ -56,14 +58,17 @@ def inputs(net: MaskedDiT, masked: bool, batch: int = 2, size: int = 32) -> list
         coarse = None if level == LEVELS - 1 else image(side // 2)
         made.append(LevelInput(
             level, image(side), image(side), coarse, torch.tensor([0.3, 0.8], dtype=torch.float64),
-            None if maps is None else maps[level], None if coarse is None else upsample(coarse, side, side), image(side),
+            None if maps is None else maps[level], None if coarse is None else upsample(coarse, side, side),
+            image(side),
             draw_mask(torch.arange(batch), tokens, max(1, tokens // 2), rng=(0, 0), stream=level) if masked else None,
         ))  # fmt: skip
     return made
 
 
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("more", [{}, {"decoder_input": "token"}, {"reading": "diffmae"}, {"stem": False, "head": False}])
+@pytest.mark.parametrize(
+    "more", [{}, {"decoder_input": "token"}, {"reading": "diffmae"}, {"stem": False, "head": False}]
+)
 def test_all_levels_in_one_pass_are_each_level_by_itself(more, masked):
     net = network(**more)
     t, coarse_t = torch.tensor([500, 20]), torch.tensor([7, 90])

@@ -76,8 +76,10 @@ def test_nothing_in_a_step_is_read_back(where, kind, masked):
         model = without_values(lambda: PHMDiff(config.model, 1), device)
         packing_of.cache_clear()
         step = Step(Single(model, Alone()), config, device, torch.bfloat16)
-        inputs = [torch.rand(4, 1, 32, 32, device=device), torch.rand(4, 1, 32, 32, device=device),
-                  torch.ones(4, 1, 32, 32, dtype=torch.bool, device=device), torch.arange(4, device=device)[None], torch.zeros((), dtype=torch.int64, device=device)]  # fmt: skip
+        images = [torch.rand(4, 1, 32, 32, device=device) for _ in range(2)]
+        inside = torch.ones(4, 1, 32, 32, dtype=torch.bool, device=device)
+        number = torch.zeros((), dtype=torch.int64, device=device)
+        inputs = [*images, inside, torch.arange(4, device=device)[None], number]
         terms = step.gradients(inputs, masked, micro=2)
         bad = step.update(terms, 1e-3, 0)
     packing_of.cache_clear()
@@ -192,8 +194,10 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in step.model.state_dict().items())
 
 
-@pytest.mark.parametrize(("choice", "automatic", "means"),
-                         [("auto", True, True), ("auto", False, False), ("off", True, False), ("on", False, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("choice", "automatic", "means"),
+    [("auto", True, True), ("auto", False, False), ("off", True, False), ("on", False, True)],
+)
 def test_auto_is_decided_by_the_machine(choice, automatic, means):
     assert wants(choice, automatic) is means
 
@@ -205,7 +209,8 @@ def test_whole_is_gradients_and_update():
         terms = halves.gradients(given, number < 2, 4)
         bad = halves.update(terms, 1e-3, number)
         both, not_finite = whole.whole(given, number < 2, 4, 1e-3, number)
-        assert torch.equal(both.total, terms.total) and torch.equal(bad, not_finite)
+        assert torch.equal(both.total, terms.total)
+        assert torch.equal(bad, not_finite)
     for a, b in zip(halves.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(a, b)
 
