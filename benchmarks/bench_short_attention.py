@@ -84,6 +84,7 @@ def _floor(inputs: Inputs) -> tuple[int, int]:
 def _case(name: str, lengths: list[int], heads: int, dim: int, types: str, tag: str, packed: bool = False) -> Case:
     rows = f"T {sum(lengths)} of {len(lengths)}" if packed else f"B {len(lengths)}, N {lengths[0]}"
     pairs = heads * dim * sum(n * n for n in lengths)
+    ours = "extension" if tag == "cpu" else "triton"
     return Case(
         "short_attention",
         f"{name}: {rows}, {heads} x {dim}, {types}",
@@ -92,7 +93,7 @@ def _case(name: str, lengths: list[int], heads: int, dim: int, types: str, tag: 
             "literal": _by_length(_literal(heads), lengths),
             "eager": _by_length(_eager(heads), lengths),
             "reference": _ours(heads, max(lengths), "reference"),
-            "triton": _ours(heads, max(lengths), "triton"),
+            ours: _ours(heads, max(lengths), ours),
         },
         _floor,
         lambda _: (4 * pairs, 10 * pairs),
@@ -127,6 +128,16 @@ CASES: list[Case] = [
     _case("s4 packed", _levels(32, 64, 32, 12), 6, 64, "bf16", "large", packed=True),
     _case("s4", [64] * 32, 6, 64, "bf16", "large"),
 ]
+# Training on a CPU: levels of the small presets, all tokens and masked, and what a laptop tries first.
+for _types in ("bf16", "fp32"):
+    CASES += [
+        _case("xs", [16] * 8, 3, 64, _types, "cpu"),
+        _case("xs", [64] * 8, 3, 32, _types, "cpu"),
+        _case("s4", [32] * 32, 6, 64, _types, "cpu"),
+        _case("s4", [64] * 32, 6, 64, _types, "cpu"),
+        _case("s4", [256] * 8, 6, 64, _types, "cpu"),
+        _case("s4 packed", _levels(32, 64, 32, 12), 6, 64, _types, "cpu", packed=True),
+    ]
 
 CASES = tagged(
     CASES, "check", "s4: B 2048, N 64, 6 x 64, bf16", "s4: B 8192, N 16, 6 x 64, bf16",

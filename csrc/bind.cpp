@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(phmdiff_fast, m) {
   m.def("adaln_backward_cpu(Tensor? dy, Tensor? dnew, Tensor x, Tensor? h, Tensor? gate, Tensor scale, "
         "Tensor? cu_tokens, float eps, bool needs_x, bool needs_h, bool needs_gate, bool needs_shift, "
         "bool needs_scale) -> Tensor[]");
+  m.def("short_attention_cpu(Tensor qkv, SymInt heads, Tensor? cu_tokens, SymInt longest) -> Tensor");
+  m.def("short_attention_backward_cpu(Tensor dout, Tensor qkv, SymInt heads, Tensor? cu_tokens, SymInt longest) "
+        "-> Tensor");
   m.def("gelu(Tensor x) -> Tensor");
   m.def("gelu_backward(Tensor dy, Tensor x) -> Tensor");
   m.def("philox_normals(Tensor sample_ids, SymInt num, " PHM_DRAW ") -> Tensor");
@@ -41,10 +44,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(phmdiff_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(phmdiff_fast, CPU, m) {
   PHM_IMPLEMENT(m);
-  // On a GPU, Triton does these (kernels/adaln.py), or the compiler within a product (kernels/gelu.py).
+  // On a GPU, Triton does these (kernels/adaln.py, kernels/short_attention.py), or the compiler within a product
+  // (kernels/gelu.py).
   m.impl("adaln_modulate_cpu", TORCH_BOX(&phmdiff::adaln_modulate));
   m.impl("gated_residual_adaln_cpu", TORCH_BOX(&phmdiff::gated_residual_adaln));
   m.impl("adaln_backward_cpu", TORCH_BOX(&phmdiff::adaln_backward));
+  m.impl("short_attention_cpu", TORCH_BOX(&phmdiff::short_attention));
+  m.impl("short_attention_backward_cpu", TORCH_BOX(&phmdiff::short_attention_backward));
   m.impl("gelu", TORCH_BOX(&phmdiff::gelu));
   m.impl("gelu_backward", TORCH_BOX(&phmdiff::gelu_backward));
 }

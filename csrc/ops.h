@@ -38,6 +38,10 @@ std::vector<Tensor> adaln_backward(const std::optional<Tensor>& dy, const std::o
                                    const Tensor& scale, const std::optional<Tensor>& cu_tokens, double eps,
                                    bool needs_x, bool needs_h, bool needs_gate, bool needs_shift, bool needs_scale);
 
+Tensor short_attention(const Tensor& qkv, int64_t heads, const std::optional<Tensor>& cu_tokens, int64_t longest);
+Tensor short_attention_backward(const Tensor& dout, const Tensor& qkv, int64_t heads,
+                                const std::optional<Tensor>& cu_tokens, int64_t longest);
+
 Tensor gelu(const Tensor& x);
 Tensor gelu_backward(const Tensor& dy, const Tensor& x);
 

@@ -26,10 +26,16 @@ would start where a sequence happens to lie). The price: a sequence of 12 tokens
 a program of 64 rows, not a byte more, but four warps to wait for little. Where the lengths of a pack
 differ much and lie together (level after level), a call for each level should be the faster way.
 
-Limits: d 16 to 128 and up to 128 tokens a sequence; float32, which has no tensor cores, up to 128
-tokens where d <= 32, 64 where d <= 64, else 32. A sequence with more tokens than ``longest`` promises
-gives NaN. No double backward (RuntimeError) but in the reference; a qkv whose last stride is not 1
-is copied.
+On a CPU the C++ extension does the same in one call each way (csrc/attention.cpp; _short_attention_ops.py registers
+it), for float32 and bfloat16, d up to 128 and up to MOST_TOKENS_CPU tokens: a head of a sequence at a time, in scratch
+memory that fits the caches. bfloat16 is multiplied in pairs, by the processor's own instruction where it has one, and
+summed in float32; weights and their gradients are rounded to it before they meet v, k and q. The same bits for any
+number of threads, any batch or packing, any instruction set. float64 and float16 run the reference there.
+
+Limits on a GPU: d 16 to 128 and up to 128 tokens a sequence; float32, which has no tensor cores, up to
+128 tokens where d <= 32, 64 where d <= 64, else 32. A sequence with more tokens than ``longest``
+promises gives NaN, everywhere. No double backward (RuntimeError) but in the reference; a qkv whose last
+stride is not 1 is copied.
 """
 
 from __future__ import annotations
@@ -37,10 +43,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _impl
-from ._impl import choose
+from . import _extension, _impl, _short_attention_ops
+from ._impl import BackendError, choose, common_device, forward_mode
 
 MOST_TOKENS, MOST_DIM, LEAST_DIM = 128, 128, 16
+MOST_TOKENS_CPU = 256  # of the extension: as far as it was measured to be the fastest there
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -168,6 +175,40 @@ def why_not_short(device: torch.device | str, dtype: torch.dtype, head_dim: int,
     return _outside(dtype, head_dim, longest)
 
 
+def why_not_extension(device: torch.device | str, dtype: torch.dtype, head_dim: int, longest: int) -> str:
+    """Why the C++ extension cannot serve tensors of this kind; empty if it can.
+
+    device of qkv; head_dim d; longest: most tokens of a sequence.
+    """
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return f"short attention of the extension runs on CPU tensors, not on {kind}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"qkv is {str(dtype)[6:]}, which only the reference computes on a CPU"
+    if head_dim > MOST_DIM:
+        return f"heads have {head_dim} values, and the extension takes up to {MOST_DIM}"
+    if longest > MOST_TOKENS_CPU:
+        return f"sequences have up to {longest} tokens, and the extension takes {MOST_TOKENS_CPU}"
+    return _extension.problem()
+
+
+def _chosen(qkv: Tensor, head_dim: int, cu_tokens: Tensor | None, longest: int, impl: str | None) -> str:
+    """The extension where it runs (forced, or left open for CPU tensors), else what ``choose`` says."""
+    op, tensors = "short_attention", {"qkv": qkv, "cu_tokens": cu_tokens}
+    if impl == "extension":
+        common_device(op, tensors)
+        if why := why_not_extension(qkv.device, qkv.dtype, head_dim, longest) or forward_mode():
+            raise BackendError(f"{op}: impl='extension' cannot run here: {why}")
+        return impl
+    chosen = choose(op, impl, tensors, _outside(qkv.dtype, head_dim, longest))
+    if chosen == "reference" and impl is None and qkv.device.type == "cpu":
+        if missing := _extension.problem():
+            _extension.warn_once(op, missing)
+        elif not (why_not_extension(qkv.device, qkv.dtype, head_dim, longest) or forward_mode()):
+            return "extension"
+    return chosen
+
+
 def short_attention(
     qkv: Tensor, heads: int, *, cu_tokens: Tensor | None = None, longest: int | None = None, impl: str | None = None
 ) -> Tensor:
@@ -180,7 +221,9 @@ def short_attention(
     """
     _check(qkv, heads, cu_tokens, longest)
     most = qkv.shape[1] if cu_tokens is None else longest
-    refused = _outside(qkv.dtype, qkv.shape[-1] // (3 * heads), most)
-    if choose("short_attention", impl, {"qkv": qkv, "cu_tokens": cu_tokens}, refused) == "triton":
+    chosen = _chosen(qkv, qkv.shape[-1] // (3 * heads), cu_tokens, most, impl)
+    if chosen == "extension":
+        return _short_attention_ops.ops.short_attention_cpu(qkv, heads, cu_tokens, most)
+    if chosen == "triton":
         return torch.ops.phmdiff_fast.short_attention(qkv, heads, cu_tokens, most)
     return short_attention_reference(qkv, heads, cu_tokens=cu_tokens, longest=most)

@@ -203,19 +203,24 @@ def sample(run, inputs, out, steps, sampler, seed, batch_size, nan, max_volume_g
     INPUT is a scan (runs with one source), a subject's folder, or a whole cohort. Each volume is
     written on its input's grid as <subject>_<contrast>_syn.nii.gz, with a JSON sidecar.
     """
+    from .device import pick_device
+    from .distributed import processes
     from .generate import load
     from .generate import sample as synthesize_all
 
-    opened = load(run, device=device, warn=_warn)
-    settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed, batch_size=batch_size)
-    with bar(len(inputs), "synthesizing", not quiet) as meter:
+    with processes(pick_device(device)) as ranks:
+        with ranks.told_once():
+            opened = load(run, device=device, warn=_warn if ranks.first else None)
+            settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed, batch_size=batch_size)
+        with bar(len(inputs), "synthesizing", ranks.first and not quiet) as meter:
 
-        def count(subject: str, done: int, total: int) -> None:
-            meter.total = total
-            meter.update(done - meter.n)
+            def count(subject: str, done: int, total: int) -> None:
+                meter.total = total
+                meter.update(done - meter.n)
 
-        for path in synthesize_all(opened, inputs, out, settings, nan=nan, max_gib=max_volume_gib,
-                                   overwrite=overwrite, progress=count):  # fmt: skip
+            written = synthesize_all(opened, inputs, out, settings, nan=nan, max_gib=max_volume_gib,
+                                     overwrite=overwrite, progress=count, ranks=ranks)  # fmt: skip
+        for path in written if ranks.first else ():
             click.echo(path)
 
 
@@ -238,29 +243,36 @@ def sample(run, inputs, out, steps, sampler, seed, batch_size, nan, max_volume_g
 def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, seed, nan, max_volume_gib, overwrite,
              device, quiet) -> None:  # fmt: skip
     """Score a RUN on people it has not seen, at the run's image size; mean and deviation over people."""
+    from .device import pick_device
+    from .distributed import processes
     from .evaluate import evaluate as score
     from .evaluate import write_table
     from .files import refuse_existing
     from .generate import load
     from .report import format_table
 
-    if json_file is not None:
-        refuse_existing(json_file, overwrite)  # before the long work, not after it
-    opened = load(run, device=device, warn=_warn)
-    settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed)
-    with share_bar("training the U-Net baseline", baselines and not quiet) as meter:
-        result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
-                       nan=nan, max_gib=max_volume_gib, baselines=baselines, progress=meter.at)  # fmt: skip
-    size = opened.config.data.image_size
-    who = ", ".join(case.subject for case in result.cases)
-    click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: {who}")
-    click.echo(f"scored at {size}x{size}, {settings.steps} sampling step(s)")
-    click.echo(format_table(result.rows))
-    if result.unet_steps is not None:
-        click.echo(f"model: {opened.found.step} steps, U-Net: {result.unet_steps} steps, "
-                   f"{opened.found.manifest['seconds']:.0f} s each")  # fmt: skip
-    if json_file is not None:
-        write_table(json_file, result, overwrite=overwrite)
+    with processes(pick_device(device)) as ranks:
+        with ranks.told_once():
+            if json_file is not None:
+                refuse_existing(json_file, overwrite)  # before the long work, not after it
+            opened = load(run, device=device, warn=_warn if ranks.first else None)
+            settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed)
+        with share_bar("training the U-Net baseline", baselines and ranks.first and not quiet) as meter:
+            result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
+                           nan=nan, max_gib=max_volume_gib, baselines=baselines, progress=meter.at,
+                           ranks=ranks)  # fmt: skip
+        if not ranks.first:
+            return
+        size = opened.config.data.image_size
+        who = ", ".join(case.subject for case in result.cases)
+        click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: {who}")
+        click.echo(f"scored at {size}x{size}, {settings.steps} sampling step(s)")
+        click.echo(format_table(result.rows))
+        if result.unet_steps is not None:
+            click.echo(f"model: {opened.found.step} steps, U-Net: {result.unet_steps} steps, "
+                       f"{opened.found.manifest['seconds']:.0f} s each")  # fmt: skip
+        if json_file is not None:
+            write_table(json_file, result, overwrite=overwrite)
 
 
 @cli.command()

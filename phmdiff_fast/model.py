@@ -25,6 +25,7 @@ from .convolutions import Head, Stem
 from .kernels.adaln import adaln_modulate, gated_residual_adaln
 from .kernels.gelu import gelu
 from .kernels.patch_mask import embed_visible, restore_tokens, unpatchify
+from .lean_block import Narrow, lean_block, serves
 from .packing import Packing, packing_of
 from .stages import stage
 
@@ -95,12 +96,22 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 6 * width))
+        self._layers = [Narrow(layer) for layer in (self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2)]
 
     def forward(
-        self, x: Tensor, normed: Tensor, gate1: Tensor, shift2: Tensor, scale2: Tensor, gate2: Tensor,
-        shift: Tensor, scale: Tensor, packing: Packing | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """x, normed (B, N, D) with vectors (B, D), or packed (T, D) with (S, D); shift, scale: of the norm behind."""
+        self, x: Tensor, normed: Tensor, vectors: tuple[Tensor, ...], behind: tuple[Tensor, Tensor],
+        packing: Packing | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x, normed (B, N, D), or packed (T, D): the sum so far, and what the attention reads of it.
+
+        vectors : shift, scale, gate of the attention's branch (``normed`` is made with the first two), then of the
+        MLP's, (B, D) each or (S, D) packed; behind : shift and scale of the norm behind. Returns both for the next.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = vectors
+        shift, scale = behind
+        if serves(x, normed):
+            return lean_block(x, normed, (shift1, scale1), gate1, shift2, scale2, gate2, shift, scale, self._layers,
+                              self.attn.heads, packing)  # fmt: skip
         cu = None if packing is None else packing.cu_tokens(x.device)
         x, normed = gated_residual_adaln(x, self.attn(normed, packing), gate1, shift2, scale2, cu_tokens=cu)
         return gated_residual_adaln(x, self.mlp(normed), gate2, shift, scale, cu_tokens=cu)
@@ -125,10 +136,8 @@ def run_blocks(
     parts = [v.chunk(6, dim=1) for v in vectors[:-1]] + [vectors[-1].chunk(2, dim=1)]
     # Outside autocast all is one type; inside, x stays float32 and the branches are 16-bit.
     normed = adaln_modulate(x, *parts[0][:2], cu_tokens=None if packing is None else packing.cu_tokens(x.device))
-    for block, (_, _, gate1, shift2, scale2, gate2), (shift, scale, *_) in zip(
-        blocks, parts[:-1], parts[1:], strict=True
-    ):
-        given = (x, normed, gate1, shift2, scale2, gate2, shift, scale, packing)
+    for block, here, behind in zip(blocks, parts[:-1], parts[1:], strict=True):
+        given = (x, normed, here, behind[:2], packing)
         if recompute and torch.is_grad_enabled():
             x, normed = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -50,8 +50,11 @@ def wrap(model: PHMDiff, ranks: Alone, kind: str, device: torch.device, dtype: t
 class Single:
     """One process: nothing to agree on.
 
-    ``module`` is called as ``PHMDiff.loss``; ``model`` holds the parameters, for optimizer, average and ``translate``.
+    ``module`` is called as ``PHMDiff.loss``; ``model`` holds the parameters, for optimizer, average and ``translate``;
+    ``shared``: this process holds only its share of each.
     """
+
+    shared = False
 
     def __init__(self, model: PHMDiff, ranks: Alone):
         self.model, self.ranks = model, ranks
@@ -155,6 +158,8 @@ class Shares(Several):
     is a unit of its own; what is left (embedders, stem, heads, norms) is one more. Micro-batches are averaged one by
     one: whole gradients would be kept otherwise.
     """
+
+    shared = True
 
     def __init__(self, model: PHMDiff, ranks: Alone, device: torch.device, dtype: torch.dtype):
         from torch.distributed.device_mesh import DeviceMesh

@@ -68,7 +68,7 @@ class Step:
         self.ema = EMA(model, tc.ema)
         self.how = manner(config.data)
         model.net.recompute = tc.recompute
-        self.compiled = wants(tc.compile, self.on_gpu)
+        self.compiled = wants(tc.compile, self.on_gpu and not together.shared)
         if self.compiled:
             compile_blocks(model, tc.compile)
         small = tc.batch_size <= GRAPH_IMAGES

@@ -16,7 +16,7 @@ from .checkpoint_writer import Writer
 from .config import Config
 from .device import deterministic, kept_memory, pick_device
 from .distributed import Alone, Together, is_several, refuse_share
-from .errors import NONFINITE, USAGE, PhmdiffError
+from .errors import BACKEND, NONFINITE, USAGE, PhmdiffError
 from .files import LOCK, locked
 from .flops import best_peak
 from .guards import is_out_of_memory, out_of_memory
@@ -71,6 +71,9 @@ def train(
         raise PhmdiffError("USAGE", "--deterministic does not go with --minutes, whose schedule follows the clock",
                            "give --steps", exit_code=USAGE)  # fmt: skip
     device = pick_device(tc.device)
+    if tc.data_device == "cuda" and device.type != "cuda":
+        raise PhmdiffError("NO_GPU", "--data-device cuda keeps the slices on a GPU, and the training runs on the CPU",
+                           "leave it out", exit_code=BACKEND)  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(deterministic(tc.deterministic))
         stack.enter_context(kept_memory(device))

@@ -152,10 +152,12 @@ class Trainer:
                 "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model)}  # fmt: skip
 
     def load(self, latest: checkpoint.Checkpoint) -> None:
-        shard = self.together.shard
-        self.model.load_state_dict(shard(latest.tensors("model", self.device)))
-        self.ema.load_state_dict(shard(latest.tensors("ema", self.device)))
-        checkpoint.load_optimizer(self.optimizer, self.model, shard(latest.tensors("optimizer", self.device)))
+        # Where the weights are shared out, no device need hold them whole.
+        where = "cpu" if self.together.shared else self.device
+        model, ema, optimizer = (self.together.shard(latest.tensors(n, where)) for n in ("model", "ema", "optimizer"))
+        self.model.load_state_dict(model)
+        self.ema.load_state_dict(ema)
+        checkpoint.load_optimizer(self.optimizer, self.model, optimizer)
         if self.work is not None:
             self.work.forget()
         self.spikes.load(latest.manifest.get("spikes", {}))
@@ -225,7 +227,7 @@ class Trainer:
             batch = [torch.from_numpy(self.cache.batch(mine[i : i + 1])[name]) for name in NAMES]
             with torch.no_grad():
                 inputs = self.work.inputs(batch, shares[:, i : i + 1], step)
-                finite = math.isfinite(float(self.work.loss(*inputs, masked).total))
+                finite = math.isfinite(float(self.work.loss(*inputs, masked, alone=True).total))
             wrong[ranks.rank * len(mine) + i] = not finite
         found = [int(row) for row, bad in zip(everybody, ranks.max(*wrong), strict=True) if bad]
         file = self.out / f"nonfinite-{step:08d}.json"

@@ -27,7 +27,7 @@ RANKS = [
     ["kernels._patch_mask_ops"],
     ["kernels.patch_mask", "kernels.adaln", "kernels.mmd", "kernels.gelu", "kernels.short_attention"],
     ["pyramid", "haar", "attention", "nifti", "grid", "device", "curves"],
-    ["masking", "mha", "layouts"],
+    ["masking", "mha", "layouts", "lean_block"],
     ["flops"],
     ["diffusion", "splits", "views", "checkpoint_format"],
     ["data"],

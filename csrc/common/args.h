@@ -110,6 +110,16 @@ struct AdalnTypes {
   using Branch = V;
 };
 
+// Self-attention of short sequences (kernels/short_attention.py) and its backward; qkv's rows are (3, heads, dim).
+struct AttentionArgs {
+  TokenRows qkv, dout;     // dout: the gradient of out
+  void *out, *dqkv;        // contiguous
+  const int64_t* offsets;  // (sequences + 1,), the first row of each packed sequence, or null
+  int64_t heads, dim;
+  int64_t longest;         // tokens of every sequence, of packed ones the most
+  float scale, scale2;     // dim^-1/2, and that over ln 2
+};
+
 // `count` numbers of each of `batch` samples, from the first of the stream on: (batch, count), contiguous.
 struct DrawArgs {
   Normals normals;

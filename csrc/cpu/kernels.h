@@ -46,6 +46,10 @@ struct Tables {
   template <typename Types>                                                                    \
   void adaln_add_parts(const AdalnArgs&, int64_t begin, int64_t end);                          \
   template <typename T>                                                                        \
+  void attention_forward(const AttentionArgs&, int64_t begin, int64_t end);                    \
+  template <typename T>                                                                        \
+  void attention_backward(const AttentionArgs&, int64_t begin, int64_t end);                   \
+  template <typename T>                                                                        \
   void gelu_forward(const void* x, void* y, int64_t begin, int64_t end);                       \
   template <typename T>                                                                        \
   void gelu_backward(const void* dy, const void* x, void* dx, int64_t begin, int64_t end);     \

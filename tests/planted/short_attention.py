@@ -1,6 +1,8 @@
 """Faults for the short attention kernels: (file, old text that occurs once, new text, what it is)."""
 
 TRITON, PUBLIC = "kernels/_short_attention_triton.py", "kernels/short_attention.py"
+OPS, HOST = "kernels/_short_attention_ops.py", "csrc/attention.cpp"
+KERNEL, WORDS, SOFTMAX = "csrc/cpu/attention.cpp", "csrc/cpu/words.h", "csrc/cpu/softmax.h"
 
 FAULTS = [
     (
@@ -80,5 +82,92 @@ FAULTS = [
         "too_long = (cu[1:] - cu[:-1] > rows.shape[1])[sequence]",
         "too_long = (cu[1:] - cu[:-1] < 0)[sequence]",
         "the reference cuts a sequence that is too long",
+    ),
+    # the extension: products
+    (WORDS, "sum[r][v] += left_second * second[v];", "", "the second of a pair left out"),
+    (
+        WORDS,
+        "(Bits)right[v] & int32_t(0xffff0000)",
+        "(Bits)right[v] & int32_t(0xfff00000)",
+        "digits of a second factor cut off",
+    ),
+    (WORDS, "c + (rows - R) * c_row, c_row);", "c + row * c_row, c_row);", "the last rows written where others belong"),
+    (WORDS, "Tile<T, 1, V>::run(a.at(row), b", "Tile<T, 1, V>::run(a.at(0), b", "few rows: all are the first"),
+    (
+        WORDS,
+        "for (int64_t c = whole; c < columns; ++c)",
+        "for (int64_t c = whole; c + 1 < columns; ++c)",
+        "a word lost",
+    ),
+    (WORDS, "      std::fill(out + n, out + line, 0.0f);\n", "", "what lay behind a row of pairs takes part"),
+    (WORDS, "        pair_row(in + r * row, n, out);", "        pair_rows(in + r * row, in + r * row, n, out);", "odd"),
+    (WORDS, "if (dim % PER_WORD<T> == 0 && row", "if (row", "an odd value's neighbour takes part"),
+    (WORDS, "dim % PER_WORD<T> == 0 && row % PER_WORD<T> == 0", "dim % PER_WORD<T> == 0", "rows between words"),
+    (WORDS, "(x != x ? 0x7fc00000u : sum)", "sum", "some NaN round to a number"),
+    (WORDS, "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits", "weights of a pair cut off, not rounded"),
+    # the extension: scores
+    (SOFTMAX, "t = t < -127.0f ? Vector{} - 127.0f : t;", "", "weights below 2^-127 wrap around"),
+    (SOFTMAX, "2.402265092e-01f", "2.412265092e-01f", "a coefficient of 2^t"),
+    (SOFTMAX, "live[l] = l < left ? -1 : 0;", "live[l] = -1;", "what lies behind the last key takes part"),
+    (
+        SOFTMAX,
+        "largest[p] = Larger{}(largest[p], load(row + i + p * WIDTH));",
+        "largest[p] = Larger{}(largest[p], load(row + p * WIDTH));",
+        "the largest of the first keys alone, long rows",
+    ),
+    (
+        SOFTMAX,
+        "held.each([&](Vector v, int, int p) { largest[p] = Larger{}(largest[p], v); });",
+        "for (Vector& v : largest) v = Vector{};",
+        "the largest score is not taken off",
+    ),
+    (SOFTMAX, "store(row + i, v * inverse); });", "store(row + i, v); });", "weights are not normalised"),
+    (SOFTMAX, "load(weights + i) * (v - mean)", "load(weights + i) * v", "the softmax's own slope is forgotten"),
+    (
+        SOFTMAX,
+        "load(weights + i) * (load(row + i) - mean)",
+        "load(weights + i) * load(row + i)",
+        "the softmax's own slope is forgotten, long rows",
+    ),
+    # the extension: heads of sequences
+    (KERNEL, "u.sample * rows.sample + u.first", "u.first", "every sequence the first one's rows"),
+    (KERNEL, "n, a.dim, out + all, 3 * all);", "n, a.dim, out, 3 * all);", "dk where dq belongs"),
+    (
+        KERNEL,
+        "write(result, wide, a.scale, n, a.dim, out + all,",
+        "write(result, wide, 1.0f, n, a.dim, out + all,",
+        "dk without its scale",
+    ),
+    (
+        KERNEL,
+        "write(result, wide, a.scale, n, a.dim, out, 3",
+        "write(result, wide, 1.0f, n, a.dim, out, 3",
+        "dq without its scale",
+    ),
+    (KERNEL, "if (n > a.longest) fill_nan(n, a.dim, out, all);", "", "a broken promise is not shown"),
+    (
+        KERNEL,
+        "for (int part = 0; part < 3; ++part) fill_nan",
+        "for (int part = 0; part < 2; ++part) fill_nan",
+        "a gradient of a broken promise left as it lay",
+    ),
+    (HOST, "std::sqrt(double(std::max", "(double(std::max", "scale 1 / d"),
+    (HOST, "layout.offsets[s] <= layout.offsets[s + 1]", "layout.offsets[s] >= 0", "offsets need not ascend"),
+    (HOST, "layout.offsets.back() == layout.tokens", "layout.offsets.back() <= layout.tokens", "rows of no sequence"),
+    (HOST, "const Tensor dense = torch::stable::contiguous(*cu);", "const Tensor dense = *cu;", "strided offsets"),
+    (
+        HOST,
+        "const Tensor dense = dense_rows(qkv), dense_dout = dense_rows(dout);",
+        "const Tensor dense = dense_rows(qkv), dense_dout = dout;",
+        "columns of a gradient taken as neighbours",
+    ),
+    (OPS, "return qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3))", "return qkv.new_empty(qkv.shape)", "the fake"),
+    (PUBLIC, "    if longest > MOST_TOKENS_CPU:", "    if longest > 2 * MOST_TOKENS_CPU:", "longer than was measured"),
+    (PUBLIC, "if dtype not in (torch.float32, torch.bfloat16):", "if dtype == torch.float64:", "float16 let through"),
+    (
+        PUBLIC,
+        "head_dim, longest) or forward_mode()):\n            return",
+        "head_dim, longest)):\n            return",
+        "a forward-mode derivative dropped",
     ),
 ]
