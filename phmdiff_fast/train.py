@@ -14,7 +14,7 @@ from torch import Tensor
 from . import __version__, attention, data, pictures
 from .checkpoint_writer import Writer
 from .config import Config
-from .device import deterministic, kept_memory, pick_device
+from .device import deterministic, kept_memory, pick_device, pick_precision
 from .distributed import Alone, Together, is_several, refuse_share
 from .errors import BACKEND, NONFINITE, USAGE, PhmdiffError
 from .files import LOCK, locked
@@ -74,6 +74,7 @@ def train(
     if tc.data_device == "cuda" and device.type != "cuda":
         raise PhmdiffError("NO_GPU", "--data-device cuda keeps the slices on a GPU, and the training runs on the CPU",
                            "leave it out", exit_code=BACKEND)  # fmt: skip
+    _refuse_attention(config, device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(deterministic(tc.deterministic))
         stack.enter_context(kept_memory(device))
@@ -103,6 +104,15 @@ def train(
                 _remove_start(out)
             raise
         return out
+
+
+def _refuse_attention(config: Config, device: torch.device) -> None:
+    """Raise ATTENTION (exit 8) if the backend asked for cannot serve some layer, before anything is written."""
+    model, dtype = config.model, pick_precision(config.train.precision, device)
+    side = -(-config.data.image_size // (model.patch << (len(model.levels) - 1))) << (len(model.levels) - 1)
+    lengths = tuple((side >> n) ** 2 for n in range(len(model.levels)))  # of the unmasked stage: the longest
+    for width, heads in ((model.width, model.heads), (model.decoder_width, model.decoder_heads)):
+        attention.choose(device, dtype, width // heads, lengths, config.train.attention)
 
 
 def _remove_start(out: Path) -> None:

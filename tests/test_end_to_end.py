@@ -206,6 +206,9 @@ def mistakes(cohort, run, tmp):
         "no target": (["train", cohort, "--source", "t1", "--out", tmp / "r", "--steps", 1], 2, "--target"),
         "unknown preset": ([*train, "--out", tmp / "r", "--preset", "xxs"], 2, "did you mean 'xs'"),
         "unknown setting": ([*train, "--out", tmp / "r", "--set", "train.lrate=1"], 2, "train.lrate"),
+        "attention of a GPU": ([*train, "--out", tmp / "r", "--device", "cpu", "--set", "train.attention=varlen"], 8,
+                               "varlen"),
+        "slices on a GPU": ([*train, "--out", tmp / "r", "--device", "cpu", "--data-device", "cuda"], 8, "NO_GPU"),
         "missing contrast": (["train", cohort, "--source", "t1", "--target", "flair", "--out", tmp / "r", "--steps", 1],
                              3, "p0: has no flair"),
         "out is no run": ([*train, "--out", tmp / "taken"], 2, "OUTPUT_EXISTS"),
@@ -231,6 +234,23 @@ def test_mistakes_get_one_line_the_right_code_and_leave_nothing(trained, tiny_co
         assert len(lines) == 1 or name == "missing contrast", (name, lines)
         assert not (tmp_path / "r").exists(), name
         assert not (tmp_path / "o").exists(), name
+
+
+def test_a_profile_and_the_figures_of_a_training(tiny_cohort, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli("train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", out, "--steps", 20,
+               "--image-size", 24, "--profile", "--quiet", *TINY) == 0  # fmt: skip
+    said = capsys.readouterr().err
+    assert "attention: " in said
+    assert "images/s" in said
+    assert "waiting for data: " in said
+    names = {path.name for path in (out / "profile").iterdir()}
+    assert names == {"trace.json.gz", "stages.txt", "stages.json", "stages.png", "operations.txt"}
+    stages = {row["stage"] for row in json.loads((out / "profile" / "stages.json").read_text())["rows"]}
+    assert {"data", "augment", "embed", "encoder", "decoder", "backward", "update", "ema"} <= stages
+    record = json.loads((out / "log.jsonl").read_text().splitlines()[1])
+    assert {"images_per_s", "tokens_per_s", "tflop_per_s", "peak_bytes", "data_wait_share", "stage_s"} <= set(record)
+    assert record["tflop_per_s"] > 0
 
 
 def test_an_existing_output_is_kept(trained, tiny_cohort, tmp_path, capsys):

@@ -107,5 +107,5 @@ def test_a_second_derivative_is_refused():
     x = torch.randn(2, 5, WIDTH, requires_grad=True)
     out = run_blocks(x, blocks, [v[:2] for v in vectors])
     (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative|once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"second derivative|once_differentiable"):
         first.sum().backward()

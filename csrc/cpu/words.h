@@ -214,8 +214,8 @@ void pair_row(const S* __restrict only, int64_t n, float* __restrict out) {
 }
 
 // Rows one after the other as the terms of a product: `tokens` rows of `n` elements of type S into words of T, lines
-// of `line` words, zeros behind n. Close together: rows of a tensor may be so far apart that they push each other out
-// of a cache.
+// of `line` words, behind n zeros, which cost a product no time. Close together: rows of a tensor may be so far apart
+// that they push each other out of a cache.
 template <typename T, typename S>
 Matrix terms(const S* in, int64_t row, int64_t tokens, int64_t n, int64_t line, float* to) {
   if constexpr (std::is_same_v<T, float>) {

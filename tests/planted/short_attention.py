@@ -92,18 +92,15 @@ FAULTS = [
         "digits of a second factor cut off",
     ),
     (WORDS, "c + (rows - R) * c_row, c_row);", "c + row * c_row, c_row);", "the last rows written where others belong"),
-    (WORDS, "Tile<T, 1, V>::run(a.at(row), b", "Tile<T, 1, V>::run(a.at(0), b", "few rows: all are the first"),
     (
         WORDS,
         "for (int64_t c = whole; c < columns; ++c)",
         "for (int64_t c = whole; c + 1 < columns; ++c)",
         "a word lost",
     ),
-    (WORDS, "      std::fill(out + n, out + line, 0.0f);\n", "", "what lay behind a row of pairs takes part"),
     (WORDS, "        pair_row(in + r * row, n, out);", "        pair_rows(in + r * row, in + r * row, n, out);", "odd"),
     (WORDS, "if (dim % PER_WORD<T> == 0 && row", "if (row", "an odd value's neighbour takes part"),
     (WORDS, "dim % PER_WORD<T> == 0 && row % PER_WORD<T> == 0", "dim % PER_WORD<T> == 0", "rows between words"),
-    (WORDS, "(x != x ? 0x7fc00000u : sum)", "sum", "some NaN round to a number"),
     (WORDS, "bits + 0x7fffu + ((bits >> 16) & 1u)", "bits", "weights of a pair cut off, not rounded"),
     # the extension: scores
     (SOFTMAX, "t = t < -127.0f ? Vector{} - 127.0f : t;", "", "weights below 2^-127 wrap around"),
