@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo_out
 , := ,
 
-.PHONY: demo test bench mutants torture sanitize kernel-report gpu-check gpu-kernel-tests lint clean
+.PHONY: demo test bench mutants torture sanitize kernel-report gpu-check gpu-train gpu-kernel-tests lint clean
 .DELETE_ON_ERROR:
 
 define install
@@ -81,6 +81,12 @@ gpu-check:
 	$(GPU_PYTHON) -m pytest tests -m gpu
 	$(GPU_PYTHON) -m benchmarks.compare --device cuda --tag check --seconds 0.3 --json $(RESULTS)/gpu-compare.json
 	$(GPU_PYTHON) -m pytest benchmarks/bench_train.py benchmarks/bench_sampling.py --benchmark-only --benchmark-json=$(RESULTS)/gpu-check.json
+
+# Training against the peers at S/2, B/2 and XL/2, variants interleaved: a call of its own, most of it compilation.
+# One size: make gpu-train ARGS="--check --shape B/2".
+gpu-train: export PYTHONPATH := .:carry/site
+gpu-train:
+	$(GPU_PYTHON) -m benchmarks.train_compare $(or $(ARGS),--check) --json $(RESULTS)/gpu-train.json
 
 gpu-kernel-tests: export PYTHONPATH := .:carry/site
 gpu-kernel-tests:

@@ -25,7 +25,8 @@ from phmdiff_fast.config import ModelConfig
 from phmdiff_fast.diffusion import Schedule
 from phmdiff_fast.kernels.patch_mask import embed_visible, unpatchify
 from phmdiff_fast.masking import num_kept
-from phmdiff_fast.model import Block, FinalNorm, Mlp, TimestepEmbedder, run_blocks, sincos_positions
+from phmdiff_fast.blocks import Block, FinalNorm, run_blocks
+from phmdiff_fast.model import TimestepEmbedder, sincos_positions
 from phmdiff_fast.phmdiff import LossTerms
 from phmdiff_fast.pyramid import build_pyramid
 
@@ -54,15 +55,27 @@ class PeerAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, num, width))  # (B, N, D)
 
 
+class PeerMlp(nn.Module):
+    """Linear, PyTorch's own GELU (tanh form), Linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
 class PeerBlock(nn.Module):
-    """The DiT block of both peers, each operation by itself (their Mlp is ours: Linear, GELU tanh, Linear)."""
+    """The DiT block of both peers, each operation by itself."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, cond_width: int, fused: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = PeerAttention(width, heads, fused)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = PeerMlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cond_width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ RANKS = [
     ["kernels.patch_mask", "kernels.adaln", "kernels.mmd", "kernels.gelu", "kernels.short_attention"],
     ["pyramid", "haar", "attention", "nifti", "grid", "device", "curves"],
     ["masking", "mha", "layouts", "lean_block"],
+    ["blocks"],
     ["flops"],
     ["diffusion", "splits", "views", "checkpoint_format"],
     ["data"],

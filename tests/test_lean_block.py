@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phmdiff_fast import model as model_room
+from phmdiff_fast import blocks as room
+from phmdiff_fast.blocks import Block, run_blocks
 from phmdiff_fast.kernels import _extension
 from phmdiff_fast.lean_block import Narrow, serves
-from phmdiff_fast.model import Block, run_blocks
 from phmdiff_fast.packing import packing_of
 
 pytestmark = pytest.mark.skipif(bool(_extension.problem()), reason="adaLN of the extension is not there")
@@ -24,7 +24,7 @@ def parts(seed: int = 0, batch: int = 2):
 
 
 def results(blocks, vectors, x, packing, autocast, monkeypatch, lean: bool):
-    monkeypatch.setattr(model_room, "serves", serves if lean else lambda *_: False)
+    monkeypatch.setattr(room, "serves", serves if lean else lambda *_: False)
     x = x.clone().requires_grad_()
     vectors = [v.clone().requires_grad_() for v in vectors]
     blocks.zero_grad()
@@ -57,7 +57,7 @@ def test_it_is_used_and_keeps_less(monkeypatch):
     vectors = [v[:2].clone().requires_grad_() for v in vectors]
     kept = {}
     for lean in (True, False):
-        monkeypatch.setattr(model_room, "serves", serves if lean else lambda *_: False)
+        monkeypatch.setattr(room, "serves", serves if lean else lambda *_: False)
         seen = {}
 
         def keep(t, seen=seen):

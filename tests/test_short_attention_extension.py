@@ -83,8 +83,8 @@ def test_results_and_gradients(dtype):
     for tokens in (1, 2, 3, 4, 5, 12, 15, 16, 17, 20, 31, 33, 48, 49, 64, 65, 127, 256):
         compare(*batch([tokens] * 2, 2, 24, dtype), 2, name=f"{tokens} x 24")
     for dim in (1, 2, 5, 15, 16, 17, 32, 33, 48, 63, 64, 72, 80, 97, 128):
-        for tokens in (3, 21):
-            compare(*batch([tokens] * 2, 3, dim, dtype), 3, name=f"{tokens} x {dim}")
+        for tokens, heads in ((3, 3), (21, 2), (21, 3)):  # an odd number of values, rows of an even one and an odd one
+            compare(*batch([tokens] * 2, heads, dim, dtype), heads, name=f"{tokens} x {dim}")
     for lengths in PACKS:
         compare(*batch(lengths, 2, 16, dtype, packed=True), 2, name=f"{lengths} x 16")
     for lengths, heads, dim in (([64] * 8, 6, 64), ([128] * 3, 3, 32), ([32] * 9, 2, 72)):
