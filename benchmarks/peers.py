@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phmdiff_fast.blocks import Block, FinalNorm, run_blocks
 from phmdiff_fast.config import ModelConfig
 from phmdiff_fast.diffusion import Schedule
 from phmdiff_fast.kernels.patch_mask import embed_visible, unpatchify
 from phmdiff_fast.masking import num_kept
-from phmdiff_fast.blocks import Block, FinalNorm, run_blocks
 from phmdiff_fast.model import TimestepEmbedder, sincos_positions
 from phmdiff_fast.phmdiff import LossTerms
 from phmdiff_fast.pyramid import build_pyramid

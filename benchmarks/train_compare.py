@@ -225,14 +225,14 @@ def lines(record: dict) -> list[str]:
 # --- loss curves ----------------------------------------------------------------------------------------
 
 
-def curve(coarse: str, steps: int, device: torch.device, reference: bool) -> list[float]:
+def curve(coarse: str, steps: int, device: torch.device, reference: bool, compiled: bool = False) -> list[float]:
     """Losses of a training of preset xs with stem, head and MMD in float32; ``reference``: on the plain path.
 
     Masked and unmasked steps take turns. The plain path also needs PLAIN in the environment from the start.
     """
     import phmdiff_fast.kernels._impl as impl
 
-    off = {"compile": "off", "cuda_graph": "off"} if reference else {}
+    off = {"compile": "off", "cuda_graph": "off"} if reference else {"compile": "blocks"} if compiled else {}
     config = build_config("xs", {"model": {"stem": True, "coarse": coarse}, "train": {"mmd_weight": 0.05, **off}})
     torch.manual_seed(0)
     model = PHMDiff(config.model, 1).to(device)
@@ -258,14 +258,14 @@ def one_after_the_other(net) -> None:
     net.forward_levels = apart
 
 
-def compare_curves(steps: int, device: str) -> list[dict]:
+def compare_curves(steps: int, device: str, compiled: bool = False) -> list[dict]:
     """{"coarse", "largest", "at", "met"} for each way a level gets its coarse image; each curve in its own process."""
     out = []
     for coarse in CURVES:
         pair = []
         for reference in (True, False):
             command = [sys.executable, "-m", "benchmarks.train_compare", "--curve", coarse, "--steps", str(steps),
-                       "--device", device, *(["--reference"] if reference else [])]  # fmt: skip
+                       "--device", device, *(["--reference"] if reference else ["--compile"] * compiled)]  # fmt: skip
             env = os.environ | (PLAIN if reference else {})
             done = subprocess.run(command, cwd=harness.ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
             pair.append(json.loads(done.stdout.splitlines()[-1]))

@@ -55,7 +55,13 @@ def split(rng) -> tuple[int, int, Tensor | None, Tensor | None]:
 
 def _call(sample_ids: Tensor, num: int, rng, stream: int):
     device = sample_ids.device
-    seed, step = (torch.as_tensor(part, dtype=torch.int64, device=device) for part in rng)
+    # A fill is no copy from the host, for which a GPU would wait, and which a CUDA graph cannot record.
+    seed, step = (
+        part.to(device=device, dtype=torch.int64)
+        if isinstance(part, Tensor)
+        else torch.full((), part, dtype=torch.int64, device=device)
+        for part in rng
+    )
     index = torch.arange(num, dtype=torch.int64, device=device)[None]  # (1, num)
     ids = sample_ids.to(torch.int64)[:, None]  # (B, 1)
     high = ((ids >> 32) & _LOW) ^ (stream << 24)

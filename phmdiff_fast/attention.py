@@ -2,7 +2,8 @@
 
 softmax(q k^T / sqrt(d)) v inside each sequence, for tokens as a dense batch or packed (packing.py):
 
-    short     our Triton kernel (kernels/short_attention.py): sequences up to 128 tokens, several in one program
+    short     our own (kernels/short_attention.py): on a GPU a Triton kernel for sequences up to 128 tokens, several in
+              one program; on a CPU the extension's, up to 256 tokens
     varlen    torch.nn.attention.varlen: sequences of different lengths in one flash-attention call
     fa3       the same call on FlashAttention-3, where torch and the flash_attn_interface package offer it
     xformers  memory_efficient_attention, with a block-diagonal mask for packed tokens
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from . import errors
 from .errors import PhmdiffError
-from .kernels.short_attention import MOST_TOKENS, short_attention, why_not_short
+from .kernels._impl import INTERPRET
+from .kernels.short_attention import MOST_TOKENS, MOST_TOKENS_CPU, short_attention, why_not_extension, why_not_short
 from .packing import Packing
 
 NAMES = ("short", "varlen", "fa3", "xformers", "sdpa", "products")
@@ -66,7 +68,7 @@ def attend_packed(qkv: Tensor, heads: int, packing: Packing) -> Tensor:
     name = _name(qkv, heads, longest, mixed=shortest != longest)
     if shortest == longest:  # one length: a dense batch of all sequences, (S, K, 3 D)
         return _dense(qkv.unflatten(0, (packing.sequences, longest)), heads, name).flatten(0, 1)
-    if name == "short" and _tile(shortest) == _tile(longest):
+    if name == "short" and (qkv.device.type == "cpu" or _tile(shortest) == _tile(longest)):
         return _short(qkv, heads, packing.cu_tokens(qkv.device), longest)
     if name in ("varlen", "fa3"):
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(1)  # (T, heads, d)
@@ -100,6 +102,19 @@ def _dense(qkv: Tensor, heads: int, name: str) -> Tensor:
     return out.transpose(1, 2).reshape(batch, num, triple // 3)
 
 
+def attend_backward(qkv: Tensor, dout: Tensor, heads: int, packing: Packing | None = None) -> Tensor:
+    """Gradient of ``attend``, or of ``attend_packed``, by qkv; dout like their result. For a CPU's ``lean_block``."""
+    longest = qkv.shape[1] if packing is None else packing.longest
+    mixed = packing is not None and min(packing.lengths) != longest
+    if qkv.device.type == "cpu" and not INTERPRET and _name(qkv, heads, longest, mixed) == "short":
+        cu = None if packing is None else packing.cu_tokens(qkv.device)
+        return torch.ops.phmdiff_fast.short_attention_backward_cpu(dout, qkv, heads, cu, longest)
+    with torch.enable_grad():
+        again = qkv.detach().requires_grad_()
+        out = attend(again, heads) if packing is None else attend_packed(again, heads, packing)
+        return torch.autograd.grad(out, again, dout)[0]
+
+
 def _autocast(qkv: Tensor) -> Tensor:
     """float32 in autocast's type: not every backend is an operation that autocast knows."""
     kind = qkv.device.type
@@ -109,7 +124,8 @@ def _autocast(qkv: Tensor) -> Tensor:
 
 
 def _short(qkv: Tensor, heads: int, cu_tokens: Tensor | None, longest: int | None) -> Tensor:
-    impl = "triton" if _wanted == "short" else None
+    forced = "extension" if qkv.device.type == "cpu" and not INTERPRET else "triton"
+    impl = forced if _wanted == "short" else None
     return short_attention(qkv, heads, cu_tokens=cu_tokens, longest=longest, impl=impl)
 
 
@@ -138,14 +154,15 @@ def choose(
     """The backend for sequences of these lengths (one: a dense batch) with heads of head_dim numbers, and why.
 
     "auto": what PHMDIFF_ATTENTION names, else on a GPU in 16 bit the short kernel where all sequences fit it or
-    varlen for several lengths, and sdpa; on a CPU products for short sequences in bf16, and sdpa. Raises
+    varlen for several lengths, and sdpa; on a CPU the short one where they fit it and the extension is there, products
+    for the next longer sequences in bf16, and sdpa. Raises
     PhmdiffError (exit code 8) where ``wanted`` cannot serve, with the reason and what can.
     """
     device, longest, wanted = torch.device(device), max(lengths), _default() if wanted == "auto" else wanted
     name = _pick(device, dtype, head_dim, longest, longest <= DENSE_TOKENS, len(set(lengths)) > 1, wanted)
     tokens = _tokens(lengths)
     if name == "short":
-        why = f"sequences of {tokens}: each fits one tile"
+        why = f"sequences of {tokens}: " + ("one call, no copies" if device.type == "cpu" else "each fits one tile")
     elif name in ("varlen", "fa3"):
         why = f"sequences of {tokens} in one call" + ("" if name == "varlen" else " of FlashAttention-3")
     elif name == "xformers":
@@ -205,10 +222,13 @@ def _switch(name: str) -> None:
 def _name(qkv: Tensor, heads: int, longest: int, mixed: bool) -> str:
     """The backend for these tensors. torch.compile sees constants and comparisons here: it guards on ``_wanted``,
     on the type and on where the lengths lie, and lets the number of tokens vary inside that."""
+    most = MOST_TOKENS_CPU if qkv.device.type == "cpu" else MOST_TOKENS
     if longest <= MOST_TOKENS:
         rounded = _tile(longest)
+    elif longest <= most:
+        rounded = most
     else:  # only the error that is coming tells the number
-        rounded = operator.index(longest) if _wanted == "short" else MOST_TOKENS + 1
+        rounded = operator.index(longest) if _wanted == "short" else most + 1
     head_dim = operator.index(qkv.shape[-1] // (3 * heads))  # a number in a compiled graph as well
     dense, mixed = 1 if longest <= DENSE_TOKENS else 0, 1 if mixed else 0  # bool() would stay a symbol
     return _resolve(qkv.device.type, qkv.dtype, head_dim, rounded, dense, mixed, _wanted)
@@ -247,6 +267,8 @@ def _pick(device, dtype, head_dim, longest, dense, mixed, wanted) -> str:
             raise PhmdiffError("ATTENTION", what, f"Take auto or {', '.join(can)}", exit_code=errors.BACKEND)
         return wanted
     if device.type == "cpu":
+        if not INTERPRET and not _why_not("short", device, dtype, head_dim, longest):
+            return "short"
         # PyTorch's CPU flash kernel takes 2 to 4 times as long in bf16, forward and backward: with
         # few tokens two plain products reach the processor's bf16 units and it does not.
         return "products" if dtype == torch.bfloat16 and dense else "sdpa"
@@ -266,7 +288,8 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int,
     if name in ("sdpa", "products"):
         return "" if dtype.is_floating_point else f"{str(dtype)[6:]} is no floating-point type"
     if name == "short":
-        return why_not_short(device, dtype, head_dim, longest)
+        ask = why_not_extension if device.type == "cpu" and not INTERPRET else why_not_short
+        return ask(device, dtype, head_dim, longest)
     if device.type != "cuda":
         return f"it needs a GPU, not {device.type}"
     if dtype not in HALF and not (name == "xformers" and dtype == torch.float32):

@@ -74,6 +74,11 @@ class Block(nn.Module):
         x, normed = gated_residual_adaln(x, self.attn(normed, packing), gate1, shift2, scale2, cu_tokens=cu)
         return gated_residual_adaln(x, self.mlp(normed), gate2, shift, scale, cu_tokens=cu)
 
+    def let_go(self) -> None:
+        """At the end of a forward pass: copies of the weights for it."""
+        for layer in self._layers:
+            layer.let_go()
+
 
 class FinalNorm(nn.Module):
     """The modulation behind the last block: shift and scale (B, D) each."""

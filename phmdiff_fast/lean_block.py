@@ -11,13 +11,11 @@ Limits: no second derivative, no functorch transforms; where the extension does 
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .attention import attend, attend_packed
+from .attention import attend, attend_backward, attend_packed
 from .kernels import _extension
 from .kernels.adaln import EPS, EXTENSION_TYPES
 from .packing import Packing
@@ -41,22 +39,23 @@ def serves(x: Tensor, normed: Tensor) -> bool:
 class Narrow:
     """A layer's weight and bias in the type of the products, cast once for all the levels of a step.
 
-    Held only as long as a graph holds them: after backward nothing is left of the copies.
+    ``let_go`` at the end of a forward pass: then only the graph holds them, until its backward.
     """
 
     def __init__(self, layer: nn.Linear):
-        self._layer, self._made, self._key = layer, (None, None), None
+        self._layer, self._made, self._key = layer, None, None
 
     def __call__(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         parts = self._layer.weight, self._layer.bias
         if parts[0].dtype == dtype:
             return parts
         key = dtype, *((id(part), part._version) for part in parts)
-        made = tuple(held and held() for held in self._made)
-        if key != self._key or None in made:
-            made = tuple(part.to(dtype) for part in parts)
-            self._made, self._key = tuple(weakref.ref(part) for part in made), key
-        return made
+        if key != self._key:
+            self._made, self._key = tuple(part.to(dtype) for part in parts), key
+        return self._made
+
+    def let_go(self) -> None:
+        self._made = self._key = None
 
 
 def lean_block(
@@ -112,7 +111,7 @@ class _Block(torch.autograd.Function):
             )
             dwp, dbp = _of_weight(dh1, mixed)
             dmixed = _into(dh1, wp)
-        dqkv = _of_attention(qkv, dmixed, ctx.heads, ctx.packing)
+        dqkv = attend_backward(qkv, dmixed, ctx.heads, ctx.packing)
         with torch._C._AutoDispatchBelowAutograd():
             dwq, dbq = _of_weight(dqkv, ops.adaln_modulate_cpu(x, shift1, scale1, cu, EPS))
             dnormed = _into(dqkv, wq)
@@ -134,10 +133,3 @@ def _of_weight(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """And by its weight and bias."""
     dy = dy.flatten(0, -2)
     return torch.mm(dy.t(), x.flatten(0, -2)), dy.sum(0)
-
-
-def _of_attention(qkv: Tensor, dmixed: Tensor, heads: int, packing: Packing | None) -> Tensor:
-    with torch.enable_grad():
-        again = qkv.detach().requires_grad_()
-        mixed = attend(again, heads) if packing is None else attend_packed(again, heads, packing)
-        return torch.autograd.grad(mixed, again, dmixed)[0]

@@ -265,6 +265,11 @@ class MaskedDiT(nn.Module):
             x = self.heads[at.level](x, *skips)
         return _wide(x)
 
+    def let_go(self) -> None:
+        """At the end of a forward pass: what its levels shared."""
+        for block in [*self.blocks, *self.decoder_blocks]:
+            block.let_go()
+
     def unused(self, masked_levels: set[int]) -> list[nn.Parameter]:
         """Parameters no gradient reaches in a step that masks these levels: what fills gaps where there are none."""
         idle: list[nn.Parameter] = []

@@ -124,6 +124,7 @@ class PHMDiff(nn.Module):
         with stage("levels"):
             at = self._levels_of(target, sources, sample_ids, rng, train, masked, foreground)
         outs = self._all_at_once(at) if at.coarse_t is not None else self._one_by_one(at)
+        self.net.let_go()
         terms = []
         for level, out in enumerate(outs):
             with stage("loss"):

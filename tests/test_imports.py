@@ -20,7 +20,7 @@ RANKS = [
     ["signals"],
     ["kernels._impl"],
     ["kernels._extension"],
-    ["kernels._philox", "kernels._pyramid_ops", "kernels._adaln_ops"],
+    ["kernels._philox", "kernels._pyramid_ops", "kernels._adaln_ops", "kernels._short_attention_ops"],
     ["kernels._launch", "kernels._tl"],
     ["kernels._patch_mask_triton", "kernels._adaln_triton", "kernels._mmd_triton", "kernels._short_attention_triton"],
     ["kernels._embed_triton"],

@@ -86,6 +86,8 @@ def test_weights_are_cast_once_for_all_levels_and_anew_after_an_update():
     with torch.no_grad():
         layer.weight.add_(1)
     again = narrow(torch.bfloat16)
+    narrow.let_go()
+    assert narrow(torch.bfloat16)[0] is not again[0]
     assert not torch.equal(again[0], first[0])
     assert torch.equal(again[0], layer.weight.to(torch.bfloat16))
 
