@@ -6,7 +6,8 @@ autocast where the processor multiplies bf16 natively, else in float32. Convolut
 as the peers have none; the last two lines of a preset show it whole, masked and unmasked.
 
 Speed-up is over the fastest form of the unmasked DiT, on the peers' blocks or on ours; the FLOP ratio is the DiT's
-products and attention over ours, and efficiency the one over the other. Peak memory is what a variant holds
+products and attention over ours, and efficiency the one over the other; beside it stands the one over the peers' own
+DiT. Peak memory is what a variant holds
 (weights, optimizer, average) and what a step allocates on top: by CUDA's allocator on a GPU, on a CPU by the
 allocator events of torch's profiler. A variant that does not fit takes the batch in parts; its memory is then
 compared with nothing.
@@ -148,6 +149,9 @@ def summary(record: dict, device: str) -> dict:
         out["fastest_dit"], out["speedup"] = best, timed[best]["step_s"] / ours["step_s"]
         out["flop_ratio"] = timed[best]["flops_per_image"] / ours["flops_per_image"]
         out["efficiency"] = out["speedup"] / out["flop_ratio"]
+    if ours and "dit" in timed:  # the peers' own unmasked form, without our blocks
+        speedup = timed["dit"]["step_s"] / ours["step_s"]
+        out["efficiency_peer"] = speedup * ours["flops_per_image"] / timed["dit"]["flops_per_image"]
     return out | {"goals": goals(record, out, ours, timed, device)}
 
 
@@ -211,6 +215,8 @@ def lines(record: dict) -> list[str]:
     if record["speedup"] is not None:
         out.append(f"speed-up {record['speedup']:.2f} over {VARIANTS[record['fastest_dit']][0]}, FLOP ratio "
                    f"{record['flop_ratio']:.2f}, efficiency {record['efficiency']:.2f}")  # fmt: skip
+        if record.get("efficiency_peer"):
+            print(f"  over the peers' own DiT, eager: efficiency {record['efficiency_peer']:.2f}")
     if record["step_memory"] is not None:
         out.append(
             f"without what a variant holds, a step's memory is {record['step_memory']:.2f} of MaskDiT as published"

@@ -14,6 +14,7 @@ from .kernels import _extension, _impl
 PACKAGES = ("torch", "triton", "xformers", "numpy", "nibabel", "scipy", "scikit-image", "safetensors",
             "matplotlib", "nilearn", "nvtx", "pytest-benchmark")  # fmt: skip
 KERNELS = ("draw_mask", "embed_visible", "restore_tokens", "adaln_modulate", "gated_residual_adaln", "mmd2")
+ON_A_CPU = ("adaln_modulate", "gated_residual_adaln")  # what the extension computes there
 PYRAMID = ("build_pyramid", "merge_state", "upsample_add", "level_error", "haar3d", "normals")
 
 
@@ -45,9 +46,12 @@ def report() -> list[str]:
     backend, why = _impl.default(device)
     lines += [f"  {op:<22}{backend}{': ' * bool(why)}{why}" for op in KERNELS]
     why = _extension.problem_on(device)
-    if backend == "reference" and not why:
-        of_embed = next(n for n, line in enumerate(lines) if line.startswith("  embed_visible"))
-        lines[of_embed] = f"  {'embed_visible':<22}extension for Eq. 6, else reference: Triton kernels need a GPU"
+    if device.type == "cpu" and not why:
+        served = {"embed_visible": "extension for Eq. 6, else reference"} | dict.fromkeys(ON_A_CPU, "extension")
+        for n, line in enumerate(lines):
+            if (op := line.strip().split(" ")[0]) in served and line.startswith("  "):
+                lines[n] = f"  {op:<22}{served[op]}"
+    lines.append(f"  {'gelu':<22}{'extension' if device.type == 'cpu' and not why else 'torch'}")
     lines += [f"  {op:<22}{'reference: ' + why if why else 'extension'}" for op in PYRAMID]
     chosen = attention.choose(device, dtype, attention.TYPICAL_HEAD, attention.TYPICAL_LENGTHS)
     lines.append(f"  {'attention':<22}{chosen.name}: {chosen.why}")

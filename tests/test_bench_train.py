@@ -259,6 +259,7 @@ def test_the_speed_up_is_over_the_faster_dit():
     assert found["fastest_dit"] == "dit_blocks"
     assert (found["speedup"], found["flop_ratio"]) == (2.7, 3.0)
     assert found["efficiency"] == pytest.approx(0.9)
+    assert found["efficiency_peer"] == pytest.approx(4 / 3)  # beside it, over the peers' own form
 
 
 def test_goals_of_a_cpu():
