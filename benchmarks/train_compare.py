@@ -40,6 +40,7 @@ from phmdiff_fast.phmdiff import PHMDiff
 
 CURVES = ("predicted", "teacher")  # where a level's coarse image comes from: level after level, or all in one pass
 CURVE_GOAL = 1e-4
+CURVE_LR = 3e-4  # preset s4's
 PLAIN = {"PHMDIFF_EXTENSION": "0", "PHMDIFF_ATTENTION": "products"}  # environment of the plain reference path
 
 
@@ -231,17 +232,28 @@ def lines(record: dict) -> list[str]:
 # --- loss curves ----------------------------------------------------------------------------------------
 
 
-def curve(coarse: str, steps: int, device: torch.device, reference: bool, compiled: bool = False) -> list[float]:
+def curve(
+    coarse: str, steps: int, device: torch.device, reference: bool, compiled: bool = False, *, lr: float = CURVE_LR,
+    nudged: bool = False,
+) -> list[float]:  # fmt: skip
     """Losses of a training of preset xs with stem, head and MMD in float32; ``reference``: on the plain path.
 
-    Masked and unmasked steps take turns. The plain path also needs PLAIN in the environment from the start.
+    Masked and unmasked steps take turns. The plain path also needs PLAIN in the environment from the start. nudged :
+    all weights begin larger by 1e-7 of themselves.
     """
     import phmdiff_fast.kernels._impl as impl
 
-    off = {"compile": "off", "cuda_graph": "off"} if reference else {"compile": "blocks"} if compiled else {}
-    config = build_config("xs", {"model": {"stem": True, "coarse": coarse}, "train": {"mmd_weight": 0.05, **off}})
+    off = {"torch_compile": "blocks"} if compiled else {}
+    if reference:
+        off = {"torch_compile": "off", "cuda_graph": "off"}
+    config = build_config(
+        "xs", {"model": {"stem": True, "coarse": coarse}, "train": {"mmd_weight": 0.05, "lr": lr, **off}}
+    )
     torch.manual_seed(0)
     model = PHMDiff(config.model, 1).to(device)
+    if nudged:
+        with torch.no_grad():
+            torch._foreach_mul_(list(model.parameters()), 1 + 1e-7)
     if reference:
         impl.HAS_TRITON = False
         one_after_the_other(model.net)
@@ -264,22 +276,29 @@ def one_after_the_other(net) -> None:
     net.forward_levels = apart
 
 
-def compare_curves(steps: int, device: str, compiled: bool = False) -> list[dict]:
-    """{"coarse", "largest", "at", "met"} for each way a level gets its coarse image; each curve in its own process."""
+def compare_curves(steps: int, device: str, compiled: bool = False, lr: float = CURVE_LR) -> list[dict]:
+    """{"coarse", "largest", "at", "met", "nudged"} for each way a level gets its coarse image; each curve in its own
+    process. nudged: how far the plain path parts from itself when its weights begin 1e-7 larger, which is what a
+    training with this learning rate makes of rounding."""
     out = []
     for coarse in CURVES:
-        pair = []
-        for reference in (True, False):
+        curves = {}
+        for name, more in (("reference", ["--reference"]), ("ours", ["--compile"] * compiled),
+                           ("nudged", ["--reference", "--nudged"])):  # fmt: skip
             command = [sys.executable, "-m", "benchmarks.train_compare", "--curve", coarse, "--steps", str(steps),
-                       "--device", device, *(["--reference"] if reference else ["--compile"] * compiled)]  # fmt: skip
-            env = os.environ | (PLAIN if reference else {})
+                       "--device", device, "--lr", str(lr), *more]  # fmt: skip
+            env = os.environ | (PLAIN if "--reference" in more else {})
             done = subprocess.run(command, cwd=harness.ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
-            pair.append(json.loads(done.stdout.splitlines()[-1]))
-        apart = [abs(a - b) / abs(a) for a, b in zip(*pair, strict=True)]
+            curves[name] = json.loads(done.stdout.splitlines()[-1])
+        apart, nudged = (_apart(curves["reference"], curves[name]) for name in ("ours", "nudged"))
         largest = max(apart)
-        out.append({"coarse": coarse, "steps": steps, "largest": largest, "at": apart.index(largest),
-                    "met": largest <= CURVE_GOAL, "reference": pair[0], "ours": pair[1]})  # fmt: skip
+        out.append({"coarse": coarse, "steps": steps, "lr": lr, "largest": largest, "at": apart.index(largest),
+                    "met": largest <= CURVE_GOAL, "nudged": max(nudged), "curves": curves})  # fmt: skip
     return out
+
+
+def _apart(one: list[float], other: list[float]) -> list[float]:
+    return [abs(a - b) / abs(a) for a, b in zip(one, other, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -297,6 +316,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="on a GPU: S/2, B/2 and XL/2, batches 16 and 256")
     parser.add_argument("--curves", action="store_true", help="loss curves instead of times")
     parser.add_argument("--steps", type=int, default=200, help="of --curves, %(default)s")
+    parser.add_argument("--lr", type=float, default=CURVE_LR, help="of --curves, %(default)s")
+    parser.add_argument("--nudged", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--curve", choices=CURVES, help=argparse.SUPPRESS)
     parser.add_argument("--reference", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -310,10 +331,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     if args.curve:
         warnings.filterwarnings("ignore", message="phmdiff_fast: .* runs the slower")
-        print(json.dumps(curve(args.curve, args.steps, device, args.reference)))
+        how = (args.curve, args.steps, device, args.reference, bool(args.compile))
+        print(json.dumps(curve(*how, lr=args.lr, nudged=args.nudged)))
         return 0
     if args.curves:
-        return _print_curves(compare_curves(args.steps, args.device), args.json)
+        return _print_curves(compare_curves(args.steps, args.device, bool(args.compile), args.lr), args.json)
     if not gpu:
         harness.keep_freed_memory()
     wanted = args.shape or (list(DIT) if args.check else ["B/2"] if gpu else ["xs", "s4"])
@@ -350,7 +372,8 @@ def _print_curves(results: list[dict], file: Path | None) -> int:
     for r in results:
         word = "met" if r["met"] else "MISSED"
         print(f"{word}: coarse={r['coarse']}, {r['steps']} steps in float32: losses differ by {r['largest']:.2g} "
-              f"at most, at step {r['at']} (goal {CURVE_GOAL:g})")  # fmt: skip
+              f"at most, at step {r['at']} (goal {CURVE_GOAL:g}); the plain path with weights 1e-7 larger by "
+              f"{r['nudged']:.2g} from itself (learning rate {r['lr']:g})")  # fmt: skip
     if file:
         file.write_text(json.dumps({"curves": results}, indent=1))
     return 0 if all(r["met"] for r in results) else 1

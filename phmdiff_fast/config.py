@@ -157,7 +157,7 @@ class TrainConfig(Settings):
     micro_batch: int | None = Field(None, ge=1)  # images a device computes at a time; None: as many as its memory holds
     recompute: bool = False  # activation checkpointing: less memory, a third more arithmetic
     attention: Literal["auto", "short", "varlen", "fa3", "xformers", "sdpa", "products"] = "auto"  # docs/TRAINING.md
-    compile: Literal["auto", "off", "blocks", "max-autotune"] = "auto"  # torch.compile of a block; auto: on a GPU
+    torch_compile: Literal["auto", "off", "blocks", "max-autotune"] = "auto"  # of a block; auto: on a GPU
     cuda_graph: Literal["auto", "off", "on"] = "auto"  # the whole step as one launch; auto: up to 64 images a GPU
     data_device: Literal["cpu", "cuda"] = "cpu"  # where the training slices lie: read batch by batch, or all on the GPU
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: whole copies of the weights, or each a share of them
@@ -183,7 +183,8 @@ FREE = {
     "data.max_volume_gib", "data.skip_incomplete", "train.minutes", "train.steps", "train.device", "train.keep",
     "train.deterministic", "train.on_spike", "train.workers", "train.worker_timeout", "train.peer_timeout",
     "train.checkpoint_every", "train.checkpoint_steps", "train.micro_batch",
-    "train.recompute", "train.attention", "train.compile", "train.cuda_graph", "train.data_device", "train.parallel",
+    "train.recompute", "train.attention", "train.torch_compile", "train.cuda_graph", "train.data_device",
+    "train.parallel",
 }  # fmt: skip
 
 

@@ -68,9 +68,9 @@ class Step:
         self.ema = EMA(model, tc.ema)
         self.how = manner(config.data)
         model.net.recompute = tc.recompute
-        self.compiled = wants(tc.compile, self.on_gpu and not together.shared)
+        self.compiled = wants(tc.torch_compile, self.on_gpu and not together.shared)
         if self.compiled:
-            compile_blocks(model, tc.compile)
+            compile_blocks(model, tc.torch_compile)
         small = tc.batch_size <= GRAPH_IMAGES
         # A jump of the loss that is to be left out has to be read before the update.
         self.replays = self.on_gpu and alone and tc.on_spike == "warn" and wants(tc.cuda_graph, small)

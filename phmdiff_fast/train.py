@@ -197,13 +197,14 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
         trainer.status.say("training", step=trainer.step)
         if searches_memory(trainer.device) and tc.micro_batch is None and (ranks.world == 1 or tc.parallel == "ddp"):
             trainer.find_micro_batch(loader)
-        if ranks.first:
+        if ranks.first and progress:
             say(trainer.how())
         recorder = None
         if profiled and ranks.first:
             first = trainer.step + PROFILE_AFTER
             recorder = stack.enter_context(Profile(out / "profile", first, device=trainer.device))
         figures = Meter(trainer.device, clock=clock, world=ranks.world)
+        told = False  # in the log, what it runs on
         while True:
             # --- what all processes agree on before a step
             now = trainer.before + time.monotonic() - begun
@@ -275,6 +276,9 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
                           "denoise": terms.denoise.tolist(), "mmd": terms.mmd.tolist(),
                           **({"vlb": terms.vlb.tolist()} if config.model.learn_variance else {}),
                           "lr": lr, "stage": part, **figures.record()}  # fmt: skip
+                if not told:
+                    record["runs_on"] = trainer.how()
+                    told = True
                 log.write(record)
                 shown.note(line(trainer.step, record, record["loss"]))
             shown.at(share)
@@ -296,7 +300,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
     if asked and ranks.first:
         say(f"stopped at step {trainer.step}; the same command goes on from there")
     stop.end(int(asked))
-    if ranks.first and trainer.step > first_step:
+    if ranks.first and progress and trainer.step > first_step:
         say(figures.summary_text())
     if ranks.first:
         where = f"{trainer.device.type}, {str(trainer.dtype)[6:]}"

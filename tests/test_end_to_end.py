@@ -239,7 +239,7 @@ def test_mistakes_get_one_line_the_right_code_and_leave_nothing(trained, tiny_co
 def test_a_profile_and_the_figures_of_a_training(tiny_cohort, tmp_path, capsys):
     out = tmp_path / "run"
     assert cli("train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", out, "--steps", 20,
-               "--image-size", 24, "--profile", "--quiet", *TINY) == 0  # fmt: skip
+               "--image-size", 24, "--profile", *TINY) == 0  # fmt: skip
     said = capsys.readouterr().err
     assert "attention: " in said
     assert "images/s" in said
@@ -248,7 +248,8 @@ def test_a_profile_and_the_figures_of_a_training(tiny_cohort, tmp_path, capsys):
     assert names == {"trace.json.gz", "stages.txt", "stages.json", "stages.png", "operations.txt"}
     stages = {row["stage"] for row in json.loads((out / "profile" / "stages.json").read_text())["rows"]}
     assert {"data", "augment", "embed", "encoder", "decoder", "backward", "update", "ema"} <= stages
-    record = json.loads((out / "log.jsonl").read_text().splitlines()[1])
+    first, record = (json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[:2])
+    assert first["runs_on"].startswith("attention: ")
     assert {"images_per_s", "tokens_per_s", "tflop_per_s", "peak_bytes", "data_wait_share", "stage_s"} <= set(record)
     assert record["tflop_per_s"] > 0
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_tools import DEVICE, needs_triton
 
+from phmdiff_fast import blocks
 from phmdiff_fast.config import LevelSpec, ModelConfig, SampleConfig, TrainConfig
 from phmdiff_fast.kernels import _impl, adaln, mmd, patch_mask
 from phmdiff_fast.phmdiff import PHMDiff
@@ -33,6 +34,7 @@ def on_kernels(monkeypatch):
     def switch():
         for module in (adaln, mmd, patch_mask):
             monkeypatch.setattr(module, "choose", choose)
+        monkeypatch.setattr(blocks, "serves", lambda *_: False)  # the CPU's block, which calls the extension
         return picked
 
     return switch

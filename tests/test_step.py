@@ -220,7 +220,7 @@ def test_whole_is_gradients_and_update():
 def test_a_replayed_step_is_the_step(kind):
     device, results = torch.device("cuda"), {}
     for graph in ("off", "on"):
-        step = made(KINDS[kind], device, torch.bfloat16, cuda_graph=graph, compile="off")
+        step = made(KINDS[kind], device, torch.bfloat16, cuda_graph=graph, torch_compile="off")
         assert step.replays is (graph == "on")
         losses = []
         for number in range(12):
@@ -236,7 +236,7 @@ def test_a_replayed_step_is_the_step(kind):
 @pytest.mark.parametrize("compiled", ["off", "blocks"])
 def test_no_step_waits_for_the_gpu(compiled):
     device = torch.device("cuda")
-    step = made(None, device, torch.bfloat16, cuda_graph="off", compile=compiled)
+    step = made(None, device, torch.bfloat16, cuda_graph="off", torch_compile=compiled)
     inputs = [*batch(device), torch.zeros((), dtype=torch.int64, device=device)]
     for masked in (True, False):
         step.whole(inputs, masked, 4, 1e-3, 0)  # compiles
