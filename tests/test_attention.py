@@ -136,7 +136,7 @@ def test_a_long_level_on_a_cpu_leaves_the_short_ones_their_products(monkeypatch)
     assert "levels of at most 8 tokens as products" in choose(CPU, BF16, 64, (12, 8)).why
 
 
-@pytest.mark.parametrize(("dtype", "dynamic"), [(BF16, False), (BF16, None)])  # blocks are compiled with False
+@pytest.mark.parametrize(("dtype", "dynamic"), [(BF16, False), (torch.float32, False)])
 def test_compiled_whole_and_anew_when_the_choice_changes(dynamic, dtype):
     """fullgraph: a graph break is an error. The operations in the graph are those of the backend set at the time."""
     torch._dynamo.reset()

@@ -125,6 +125,8 @@ def test_a_step_number_on_the_device_gives_the_same_step():
     assert torch.equal(results[0][0], results[1][0])
     for name, gradient in results[0][1].items():
         assert torch.equal(gradient, results[1][1][name]), name
+    other = made(elastic=0.02, noise=0.02).gradients([*batch(), 8], True, micro=4)
+    assert not torch.equal(other.total, results[0][0])  # the number is what noise, masks and augmentation are drawn by
 
 
 def saved_bytes(step: Step) -> int:
