@@ -46,8 +46,9 @@ def augment(
     mirror     : whether H is the left-right axis (RAS x); if not, ``config.flip`` is passed over.
 
     In this order, u = U(-1, 1) drawn for each sample, and for each source where it is a source's own:
-    flip; rotation ``rotate`` u degrees, zoom exp(``zoom`` u), shift ``shift`` u sides along H and W, warp
-    with a standard deviation of ``elastic`` sides (above 0.04 it begins to fold), what comes from outside
+    flip; whole pixels from -``jitter`` to ``jitter`` along H and W; rotation ``rotate`` u degrees, zoom
+    exp(``zoom`` u), shift ``shift`` u sides along H and W, warp with a standard deviation of ``elastic``
+    sides (above 0.04 it begins to fold), what comes from outside
     being -1; then, a source as v in [0, 1], scale v^gamma exp(bias f), clipped, with gamma =
     exp(``gamma`` u), scale = 1 + ``scale`` u and max |f| = 1; noise of standard deviation U(0, ``noise``),
     see ``add_noise``; a setting that is 0 is off. Raises ValueError if
@@ -63,8 +64,8 @@ def augment(
     tone = bool(config.gamma or config.scale or config.bias) and not all(physical)
     # A fill is no copy from the host, for which a GPU would wait.
     rng = tuple(p if torch.is_tensor(p) else sample_ids.new_full((), p, dtype=torch.int64) for p in rng)
-    if flip or moved or tone or config.noise:
-        uniforms = _several(_philox.uniforms, sample_ids, max(4, count), rng, FLIP, LEVEL)
+    if flip or config.jitter or moved or tone or config.noise:
+        uniforms = _several(_philox.uniforms, sample_ids, max(6, count), rng, FLIP, LEVEL)
     if config.elastic or config.bias:
         num = max(2 * ELASTIC_NODES**2, count * BIAS_NODES**2)
         normals = _several(_philox.normals, sample_ids, num, rng, ELASTIC, BIAS)
@@ -74,6 +75,10 @@ def augment(
         sources, target = (torch.where(turned, image.flip(2), image) for image in (sources, target))
         if foreground is not None:
             foreground = torch.where(turned, foreground.flip(2), foreground)
+    if config.jitter:
+        offsets = ((2 * config.jitter + 1) * uniforms[AFFINE][:, 4:6]).long() - config.jitter  # (B, 2)
+        sources, target = (displaced(image, offsets, -1.0) for image in (sources, target))
+        foreground = None if foreground is None else displaced(foreground, offsets, False)
     if moved:
         size, bend, u = target.shape[2:], None, 2 * uniforms[AFFINE] - 1
         if config.elastic:
@@ -96,6 +101,19 @@ def augment(
         sigma = _each_channel(uniforms[LEVEL][:, :count] * config.noise, group)
         sources = add_noise(sources, sigma[:, :, None, None], sample_ids, rng, physical)
     return (sources, target) if foreground is None else (sources, target, foreground)
+
+
+def displaced(images: Tensor, offsets: Tensor, fill: float | bool) -> Tensor:
+    """images (B, C, H, W), each moved by its offsets (B, 2) int64, pixels along H and W; ``fill`` comes in."""
+    for axis in (2, 3):
+        size = images.shape[axis]
+        at = torch.arange(size, device=images.device) - offsets[:, axis - 2, None]  # (B, size): where it comes from
+        shape = [len(images), 1, 1, 1]
+        shape[axis] = size
+        inside = ((at >= 0) & (at < size)).view(shape)
+        images = images.gather(axis, at.clamp(0, size - 1).view(shape).expand_as(images))
+        images = torch.where(inside, images, fill)
+    return images
 
 
 def cubic_basis(size: int, nodes: int, device=None) -> Tensor:

@@ -46,7 +46,7 @@ def cli(debug: bool) -> None:
 
     Research use only, never a diagnosis.
     """
-    if click.get_current_context().invoked_subcommand in ("train", "sample", "evaluate", "demo"):
+    if click.get_current_context().invoked_subcommand in ("train", "sample", "evaluate", "ablate", "demo"):
         from .kernel_caches import private_kernel_caches
 
         for line in private_kernel_caches():
@@ -273,6 +273,54 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, s
                        f"{opened.found.manifest['seconds']:.0f} s each")  # fmt: skip
         if json_file is not None:
             write_table(json_file, result, overwrite=overwrite)
+
+
+@cli.command()
+@DATA
+@click.option("--source", "sources", multiple=True, required=True, help="Source contrast, e.g. t1 (or t1,flair).")
+@click.option("--target", required=True, help="Contrast to synthesize, e.g. t2.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for runs and table; goes on.")
+@click.option("--preset", default="xs", show_default=True, help=f"Size and settings: {PRESETS}.")
+@click.option("--minutes", type=float, help="Wall-clock budget of each training.")
+@click.option("--steps", type=int, help="Optimizer steps of each training, instead of --minutes.")
+@click.option("--rows", help="Comma-separated: full, no-pyramid, no-masking, no-diffusion, no-transformer, no-cgr.  "
+              "[default: all]")  # fmt: skip
+@click.option("--on", "part", type=click.Choice(["test", "val"]), default="test", show_default=True,
+              help="Which people of the split to score.")  # fmt: skip
+@click.option("--image-size", type=int, help="In-plane size.  [default: 64]")
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML file with settings.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.lr=5e-4 (repeat).")
+@click.option("--split", type=click.Path(path_type=Path), help="Split file, as of train.")
+@click.option("--fold", metavar="I/K", help="Test on fold I of K.")
+@click.option("--skip-incomplete", is_flag=True, help="Leave people without every contrast asked for out.")
+@click.option("--seed", type=int, help="Seed of everything.  [default: 0]")
+@DEVICE
+@QUIET
+def ablate(data, sources, target, out, preset, minutes, steps, rows, part, image_size, config_file, settings, split,
+           fold, skip_incomplete, seed, device, quiet) -> None:  # fmt: skip
+    """What each component is worth: the paper's Table II on your data.
+
+    Trains the full method and, one at a time, the method without pyramid, masking, diffusion (one regression
+    step), transformer (convolutions) and cross-granularity loss, each for the same budget, and prints one table.
+    The same command goes on where it was stopped.
+    """
+    from .ablate import CHANGES
+    from .ablate import ablate as run_ablation
+    from .config import build_config, load_toml, parse_set
+
+    if split is not None and fold is not None:
+        raise PhmdiffError("USAGE", "--split and --fold are two ways to say the same", "give one", exit_code=USAGE)
+    if minutes is None and steps is None:
+        raise PhmdiffError("NO_BUDGET", "neither --minutes nor --steps is given", "give one", exit_code=USAGE)
+    given = {"data": {"sources": _names(sources), "target": target, "image_size": image_size,
+                      "skip_incomplete": skip_incomplete or None},
+             "train": {"minutes": minutes, "steps": steps, "seed": seed,
+                       "device": device if device != "auto" else None}}  # fmt: skip
+    flags = {table: {k: v for k, v in keys.items() if v is not None} for table, keys in given.items()}
+    overlays = [load_toml(config_file) if config_file else {}, flags, parse_set(settings)]
+    config = build_config(preset, *overlays, file=config_file)
+    run_ablation(data, out, config, rows=tuple(rows.split(",")) if rows else tuple(CHANGES), split_file=split,
+                 fold=_fold(fold), part=part, progress=not quiet)  # fmt: skip
 
 
 @cli.command()

@@ -72,6 +72,8 @@ class DataConfig(Settings):
 
 
 class ModelConfig(Settings):
+    # "convolutions": a small U-Net instead (width: head_width), for the comparison of the paper's Table II.
+    denoiser: Literal["transformer", "convolutions"] = "transformer"
     depth: int = Field(6, ge=1, le=256)
     width: int = Field(192, ge=16, le=16384)
     heads: int = Field(3, ge=1, le=1024)
@@ -97,6 +99,11 @@ class ModelConfig(Settings):
     stem_width: int = Field(32, ge=4, le=4096)
     head: bool = True  # convolutions over the unpatchified tokens, with the stem's maps as skips
     head_width: int = Field(32, ge=4, le=4096)
+    # "flat": a level's head sees that level. "pyramid": it also takes over the features of the coarser level's head, so
+    # that all levels make one way up through the resolutions, with the stem's maps as skips (needs the stem).
+    head_kind: Literal["flat", "pyramid"] = "flat"
+    stem_to_tokens: bool = True  # the stem's maps are channels of the patches; else the head alone reads them
+    residual: bool = False  # x0 only: a level predicts what the upsampled coarser estimate lacks
     timesteps: int = Field(1000, ge=2, le=100000)
     schedule: Literal["linear", "cosine"] = "linear"  # cosine takes no betas
     beta_start: float = Field(1e-4, gt=0, lt=1)
@@ -116,6 +123,15 @@ class ModelConfig(Settings):
             raise ValueError("the weight of every level is 0")
         if self.coarse_noise > self.timesteps:
             raise ValueError(f"coarse_noise {self.coarse_noise} is more than the {self.timesteps} timesteps")
+        if self.residual and (self.prediction != "x0" or self.learn_variance):
+            raise ValueError("residual goes with prediction 'x0' and without learn_variance")
+        if self.head_kind == "pyramid" and not (self.head and self.stem):
+            raise ValueError("head_kind 'pyramid' needs head and stem")
+        if self.denoiser == "convolutions":
+            if self.decoder_input == "token" or self.reading == "diffmae" or self.coarse == "teacher":
+                raise ValueError("denoiser 'convolutions' has no tokens, DiffMAE reading or teacher")
+            if self.head_width % 8:
+                raise ValueError(f"denoiser 'convolutions' needs a head_width divisible by 8, not {self.head_width}")
         if self.decoder_input == "token" and (self.reading == "diffmae" or self.learn_variance):
             raise ValueError("decoder_input 'token' goes with neither reading 'diffmae' nor learn_variance")
         return self
@@ -135,6 +151,7 @@ class TrainConfig(Settings):
     finetune_share: float = Field(0.4, ge=0, le=1)  # last share of the budget is unmasked (III.B.3)
     last_t_share: float = Field(0.8, ge=0, le=1)  # of samples at t = T - 1, where 1-step sampling looks
     loss: Literal["l2", "l1"] = "l2"
+    ssim_weight: float = Field(0.0, ge=0)  # of 1 - SSIM of the x0 estimate, at levels of 11 pixels a side and more
     mmd_weight: float = Field(0.05, ge=0)  # lambda of L_low + L_mid + L_high (Eq. 6)
     mmd_kernel: Literal["multiscale", "paper"] = "multiscale"  # paper: exp(-|a-b|^2 / d^2), d values a vector
     mmd_rows: int = Field(256, ge=2, le=1024)  # patch vectors a level, chosen by Philox
@@ -147,6 +164,7 @@ class TrainConfig(Settings):
     rotate: float = Field(0.0, ge=0, le=180)  # degrees, in the plane: U(-rotate, rotate)
     zoom: float = Field(0.0, ge=0, lt=1)  # size is times exp(U(-zoom, zoom))
     shift: float = Field(0.0, ge=0, lt=1)  # share of the side
+    jitter: int = Field(0, ge=0, le=256)  # whole pixels along H and W, nothing is interpolated: -jitter to jitter
     elastic: float = Field(0.0, ge=0, lt=1)  # standard deviation of smooth displacements, share of the side
     bias: float = Field(0.0, ge=0)  # smooth field on the sources, at most exp(+-bias)
     noise: float = Field(0.0, ge=0, lt=1)  # on the sources, standard deviation U(0, noise) of the range
@@ -174,6 +192,9 @@ class SampleConfig(Settings):
     steps: int = Field(1, ge=1)
     sampler: Literal["ddim", "ddpm"] = "ddim"  # steps = 1 is the x0 estimate at t = T
     coarse_t: int = Field(0, ge=0)  # coarse="teacher": noise put on the coarser estimate, as in training
+    # The mean over so many views, undone afterwards: as is; and mirrored; both also moved by half a patch along H and
+    # W; and along one of them. As many times the work.
+    views: Literal[1, 2, 4, 8] = 1
     batch_size: int = Field(32, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
 

@@ -81,14 +81,20 @@ def keep_freed_memory(keep: bool = True) -> bool:
     return bool(done)
 
 
+_keeping = 0  # how many contexts below are entered
+
+
 @contextlib.contextmanager
 def kept_memory(device: torch.device):
-    """``keep_freed_memory`` while entered, on a CPU."""
-    kept = device.type == "cpu" and keep_freed_memory()
+    """``keep_freed_memory`` while entered, on a CPU; one inside another ends with the outer one."""
+    global _keeping
+    kept = device.type == "cpu" and (_keeping > 0 or keep_freed_memory())
+    _keeping += kept
     try:
         yield
     finally:
-        if kept:
+        _keeping -= kept
+        if kept and not _keeping:
             keep_freed_memory(False)
 
 

@@ -71,6 +71,10 @@ def step_flops(
     ratios = [spec.mask_ratio for spec in config.levels] if ratios is None else ratios
     sides = _level_sides(image_size, p, levels)
     maps = [config.stem_width * 2 ** min(n, 2) * config.stem for n in range(levels)]
+    if config.denoiser == "convolutions":
+        areas = [height * width for height, width in sides]
+        convolved = batch * sum(_conv_denoiser(config, source_channels, target_channels, area) for area in areas)
+        return Flops(0, 0, 0, convolved, 0, 0, 0, 0)
     diffmae = config.reading == "diffmae"
     embed = encoder = decoder = head = encoder_tokens = decoder_tokens = 0
     for n, (height, width) in enumerate(sides):
@@ -78,7 +82,7 @@ def step_flops(
         N = pixels // p**2
         K = num_kept(N, ratios[n]) if masked else N
         coarse = target_channels * (n < levels - 1)
-        clean = p * p * (source_channels + maps[n])
+        clean = p * p * (source_channels + maps[n] * config.stem_to_tokens)
         values = clean + p * p * (target_channels + coarse)
         embed += 2 * K * D * (clean if diffmae else values)
         if diffmae:
@@ -87,14 +91,18 @@ def step_flops(
             embed += 2 * (N - K) * Dd * values
         encoder += config.depth * _block(K, D, config.mlp_ratio) + 2 * K * D * Dd
         decoder += config.decoder_depth * _block(N, Dd, config.mlp_ratio)
+        encoder_tokens += K
+        decoder_tokens += N
         outputs = target_channels * (2 if config.learn_variance else 1)
         wide = config.head_width if config.head else outputs
         head += 2 * pixels * Dd * wide
         if config.head:
             inputs = wide + source_channels + maps[n] + coarse
+            if config.head_kind == "pyramid":
+                if n < levels - 1:  # what the coarser level's head made, at its size
+                    head += 2 * (pixels // 4) * (wide << min(n + 1, 2)) * (wide << min(n, 2))
+                wide <<= min(n, 2)
             head += 2 * pixels * wide * (inputs + 2 * 9 * wide + 9 * outputs)
-        encoder_tokens += K
-        decoder_tokens += N
     return Flops(
         *(batch * part for part in (embed, encoder, decoder, head, _stem(config, source_channels, sides))),
         modulations=_modulations(config, batch),
@@ -140,9 +148,24 @@ def _stem(config: ModelConfig, channels: int, sides: list[tuple[int, int]]) -> i
     total = 2 * 9 * channels * widths[0] * pixels[0]
     for n, (area, wide) in enumerate(zip(pixels, widths, strict=True)):
         total += 2 * 2 * 9 * wide * wide * area  # the two of a ResidualConv
-        if n:
-            total += 2 * (9 * widths[n - 1] * wide + wide * widths[n - 1]) * area  # down to here, and 1x1 back up
+        if n:  # down to here, and 1x1 back up
+            back = wide * widths[n - 1] if config.head_kind == "flat" else 0
+            total += 2 * (9 * widths[n - 1] * wide + back) * area
     return total
+
+
+def _conv_denoiser(config: ModelConfig, sources: int, targets: int, pixels: int) -> int:
+    """The U-Net of ``conv_denoiser`` on one image; its modulations, a thousandth of it, apart."""
+    w = config.head_width
+
+    def block(inputs: int, width: int, shrunk: int) -> int:
+        skip = inputs * width if inputs != width else 0
+        return 2 * (9 * inputs * width + 9 * width * width + skip) * (pixels // shrunk)
+
+    outputs = targets * (2 if config.learn_variance else 1)
+    ends = 2 * 9 * w * (2 * targets + sources + outputs) * pixels
+    down = block(w, w, 1) + block(w, 2 * w, 4) + block(2 * w, 4 * w, 16) + block(4 * w, 4 * w, 16)
+    return ends + down + block(6 * w, 2 * w, 4) + block(3 * w, w, 1)
 
 
 def _modulations(config: ModelConfig, batch: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .kernels.mmd import mmd2
 from .kernels.patch_mask import patch_rows
 from .pyramid import per_sample
 
+SSIM_SIDE, SSIM_SIGMA, DATA_RANGE = 11, 1.5, 2.0  # as in metrics.py: what is trained is what is scored
 IMPLIED_NOISE_FLOOR = 0.01  # below this 1 - abar the noise implied by an x0 estimate blows up
 
 
@@ -22,6 +24,35 @@ def elementwise(prediction: Tensor, truth: Tensor, kind: str) -> Tensor:
     """|d|^2 ("l2") or |d| ("l1"), same shape as the inputs."""
     difference = prediction - truth
     return difference.square() if kind == "l2" else difference.abs()
+
+
+@lru_cache(maxsize=64)
+def _window(side: int, device: torch.device) -> Tensor:
+    """(side - 10, side): a product with it is a Gaussian mean over 11 of ``side`` values, where all 11 exist."""
+    reach = SSIM_SIDE // 2
+    weight = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / SSIM_SIGMA) ** 2)
+    rows = torch.zeros(side - 2 * reach, side, dtype=torch.float64)
+    for i in range(len(rows)):
+        rows[i, i : i + SSIM_SIDE] = weight / weight.sum()
+    return rows.float().to(device)
+
+
+def similarity(x: Tensor, y: Tensor) -> Tensor:
+    """Mean SSIM of each image, (B,), in [-1, 1] (Wang et al. 2004): the figure of ``metrics``, with a gradient.
+
+    x, y (B, C, H, W) in [-1, 1], H and W at least 11; Gaussian window 11 x 11, sigma 1.5, population covariance,
+    positions whose window lies inside. The window is two products with banded matrices, in float32 also under
+    autocast: a variance is a small difference of large numbers.
+    """
+    down, across = (_window(side, x.device) for side in x.shape[2:])
+    with torch.autocast(x.device.type, enabled=False):
+        x, y = x.float(), y.float()
+        moments = torch.stack([x, y, x * x, y * y, x * y])  # (5, B, C, H, W)
+        mean_x, mean_y, xx, yy, xy = (down @ moments @ across.T).unbind()
+        c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2
+        light = (2 * mean_x * mean_y + c1) / (mean_x.square() + mean_y.square() + c1)
+        covariance, both = xy - mean_x * mean_y, xx - mean_x.square() + yy - mean_y.square()
+        return (light * (2 * covariance + c2) / (both + c2)).flatten(1).mean(1)
 
 
 def visible_pixels(inverse: Tensor, patch: int, height: int, width: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .blocks import Block, FinalNorm, run_blocks
 from .config import ModelConfig
-from .convolutions import Head, Stem
+from .convolutions import Head, PyramidHead, Stem
 from .kernels.patch_mask import embed_visible, restore_tokens, unpatchify
 from .packing import Packing, packing_of
 from .stages import stage
@@ -71,11 +71,15 @@ class LevelInput:
     coarse_up: Tensor | None = None
     eps: Tensor | None = None
     mask: tuple[Tensor, Tensor] | None = None
+    stem_to_tokens: bool = True
+    below: Tensor | None = None  # features of the coarser level's head, for a pyramid head
+    features: Tensor | None = None  # of this level's own, once it has run
 
     def __post_init__(self):
-        self.channels = self.sources if self.stem_map is None else torch.cat(
-            [self.sources, self.stem_map.to(self.sources.dtype)], 1
-        )  # fmt: skip
+        # What the patches show of the noise-free side.
+        self.channels = self.sources
+        if self.stem_map is not None and self.stem_to_tokens:
+            self.channels = torch.cat([self.sources, self.stem_map.to(self.sources.dtype)], 1)
 
 
 class MaskedDiT(nn.Module):
@@ -94,11 +98,13 @@ class MaskedDiT(nn.Module):
         super().__init__()
         self.config, self.source_channels, self.target_channels = config, source_channels, target_channels
         levels, p, D, Dd = len(config.levels), config.patch, config.width, config.decoder_width
-        self.stem = Stem(source_channels, config.stem_width, levels) if config.stem else None
+        back = config.head_kind != "pyramid"  # a pyramid head brings the context back up itself
+        self.stem = Stem(source_channels, config.stem_width, levels, back) if config.stem else None
         maps = self.stem.widths if self.stem else [0] * levels
         # Channels of a patch at each level: state, sources, stem maps, coarse_up (none at the coarsest).
         coarse = [target_channels * (n < levels - 1) for n in range(levels)]
-        clean = [p * p * (source_channels + maps[n]) for n in range(levels)]
+        shown = maps if config.stem_to_tokens else [0] * levels
+        clean = [p * p * (source_channels + shown[n]) for n in range(levels)]
         values = [c + p * p * (target_channels + coarse[n]) for n, c in enumerate(clean)]
         diffmae = config.reading == "diffmae"
 
@@ -121,8 +127,13 @@ class MaskedDiT(nn.Module):
         self.output_channels = target_channels * (2 if config.learn_variance else 1)
         outputs = config.head_width if config.head else self.output_channels
         self.final_layer = nn.ModuleList(nn.Linear(Dd, p * p * outputs) for _ in range(levels))
-        if config.head:
-            skips = [source_channels + maps[n] + coarse[n] for n in range(levels)]
+        skips = [source_channels + maps[n] + coarse[n] for n in range(levels)]
+        if config.head_kind == "pyramid":
+            widths = [*(config.head_width * 2 ** min(n, 2) for n in range(levels)), 0]
+            self.heads = nn.ModuleList(
+                PyramidHead(outputs + skips[n], widths[n + 1], widths[n], self.output_channels) for n in range(levels)
+            )
+        elif config.head:
             self.heads = nn.ModuleList(Head(outputs + s, config.head_width, self.output_channels) for s in skips)
         self.recompute = False  # activation checkpointing
         self._positions: dict = {}
@@ -182,21 +193,22 @@ class MaskedDiT(nn.Module):
     def forward(
         self, y: Tensor, sources: Tensor, coarse: Tensor | None, t: Tensor | None, abar: Tensor, level: int,
         *, vectors: list[Tensor] | None = None,
-        stem_map: Tensor | None = None, coarse_up: Tensor | None = None,
+        stem_map: Tensor | None = None, coarse_up: Tensor | None = None, below: Tensor | None = None,
         eps: Tensor | None = None, mask: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         """Predict one level from its merged state.
 
         y, eps (B, C, H, W): target and noise, which ``embed_visible`` merges (Eq. 6); a sampler gives
         y_t / sqrt(abar) as y and no eps. sources (B, Cs, H, W) at this level; coarse (B, C, h, w) or
-        None at the coarsest level, coarse_up (B, C, H, W) the same upsampled (used by the head).
+        None at the coarsest level, coarse_up (B, C, H, W) the same upsampled (used by the head and by ``residual``).
         t (B,) int64 (not read where ``vectors``, that is ``modulations(t)[level]``, are given); abar (B,)
-        float32.
+        float32. below : features of the coarser level's head (``LevelInput.features``), for a pyramid head.
         mask: (keep_ids (B, K), inverse (B, N)) or None for all.
         Returns (B, C, H, W), float32 also under autocast.
         """
         vectors = self.modulations(t)[level] if vectors is None else vectors
-        return self.forward_levels([LevelInput(level, y, sources, coarse, abar, stem_map, coarse_up, eps, mask)],
+        return self.forward_levels([LevelInput(level, y, sources, coarse, abar, stem_map, coarse_up, eps, mask,
+                                               self.config.stem_to_tokens, below)],
                                    vectors)[0]  # fmt: skip
 
     def forward_levels(self, inputs: list[LevelInput], vectors: list[Tensor]) -> list[Tensor]:
@@ -220,7 +232,12 @@ class MaskedDiT(nn.Module):
             x = run_blocks(x, self.decoder_blocks, vectors[depth + 1 :], packing, self.recompute)
         with stage("head"):
             parts = [x] if packing is None else packing.views(x)
-            return [self._image(at, part) for at, part in zip(inputs, parts, strict=True)]
+            images, below = [], None
+            for at, part in reversed(list(zip(inputs, parts, strict=True))):  # coarse to fine
+                at.below = at.below if below is None else below
+                images.insert(0, self._image(at, part))
+                below = at.features
+            return images
 
     def _embed(self, at: LevelInput, ids, layer: nn.Linear, pos, clean: bool = False) -> Tensor:
         """Tokens of patches; ``clean``: of the sources alone, no state and nothing coarse."""
@@ -261,9 +278,13 @@ class MaskedDiT(nn.Module):
         """Tokens (B, N, Dd) -> image (B, C, H, W), through the head where there is one."""
         x = unpatchify(self.final_layer[at.level](x), self.config.patch, *at.y.shape[2:])  # (B, outputs, H, W)
         if self.config.head:
-            skips = [at.sources] + [m for m in (at.stem_map, at.coarse_up) if m is not None]
-            x = self.heads[at.level](x, *skips)
-        return _wide(x)
+            skips = [at.sources, *(part for part in (at.stem_map, at.coarse_up) if part is not None)]
+            if self.config.head_kind == "pyramid":
+                x, at.features = self.heads[at.level](at.below, x, *skips)
+            else:
+                x = self.heads[at.level](x, *skips)
+        x = _wide(x)
+        return x + at.coarse_up if self.config.residual and at.coarse_up is not None else x
 
     def let_go(self) -> None:
         """At the end of a forward pass: what its levels shared."""

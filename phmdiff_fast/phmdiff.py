@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import losses
 from .config import ModelConfig, SampleConfig, TrainConfig
+from .conv_denoiser import ConvDenoiser
 from .diffusion import Schedule, noised, snr_weight, to_x0, truth
 from .kernels import _philox
 from .kernels.patch_mask import draw_mask
@@ -24,6 +25,15 @@ from .model import LevelInput, MaskedDiT
 from .pyramid import build_pyramid, per_sample, upsample
 from .sampling import ddim, ddpm
 from .stages import stage
+
+
+def views_of(count: int, half: int) -> list[tuple[bool, int, int]]:
+    """(mirrored, pixels moved along H, along W) of each view; ``half``: half a patch.
+
+    What leaves at one edge comes in at the other, where a scan has nothing but background as a rule.
+    """
+    moves = [(0, 0), (half, half), (half, 0), (0, half)][: max(1, count // 2)]
+    return [(mirrored, *move) for move in moves for mirrored in ((False,) if count == 1 else (False, True))]
 
 
 @dataclass
@@ -65,7 +75,8 @@ class PHMDiff(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = Schedule(config.timesteps, config.beta_start, config.beta_end, config.schedule)
-        self.net = MaskedDiT(config, source_channels, target_channels)
+        network = ConvDenoiser if config.denoiser == "convolutions" else MaskedDiT
+        self.net = network(config, source_channels, target_channels)
         self.ratios = mask_ratios(config.levels, complexity, config.complexity_gain)
         self.num_levels = len(config.levels)
         weights = [spec.weight for spec in config.levels]
@@ -96,11 +107,13 @@ class PHMDiff(nn.Module):
         levels = build_pyramid(self.pad(foreground.float(), 0.0), self.num_levels)
         return [level > 0 for level in levels]
 
-    def _at(self, level, y, sources, coarse, abar, maps, *, eps=None, mask=None) -> LevelInput:
+    def _at(self, level, y, sources, coarse, abar, maps, *, eps=None, mask=None, below=None) -> LevelInput:
         """What the network reads at one level."""
-        needs_up = coarse is not None and self.config.head
+        config = self.config
+        needs_up = coarse is not None and (config.head or config.residual or config.denoiser == "convolutions")
         return LevelInput(level, y, sources, coarse, abar, None if maps is None else maps[level],
-                          upsample(coarse, *y.shape[2:]) if needs_up else None, eps, mask)  # fmt: skip
+                          upsample(coarse, *y.shape[2:]) if needs_up else None, eps, mask, config.stem_to_tokens,
+                          below)  # fmt: skip
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """(prediction, variance fraction or None), (B, C, H, W) each, of the network's output."""
@@ -132,6 +145,8 @@ class PHMDiff(nn.Module):
                 y, eps, abar, mask = at.targets[level], at.eps[level], at.abar[level], at.masks[level]
                 y_t = noised(y, eps, abar)
                 denoise, x0, eps_hat = self._level_loss(out, y, y_t, eps, abar, mask, train)
+                if train.ssim_weight and min(y.shape[2:]) >= losses.SSIM_SIDE:
+                    denoise = denoise + train.ssim_weight * (1 - losses.similarity(x0, y)).mean()
                 mmd = vlb = denoise.new_zeros(())
             if train.mmd_weight > 0:
                 with stage("mmd"):
@@ -198,10 +213,12 @@ class PHMDiff(nn.Module):
         with stage("modulations"):
             vectors = self.net.modulations(at.shared_t)
         outs: list[Tensor] = [None] * self.num_levels
-        coarse = None  # 0 at the coarsest level: ours, the paper does not say
+        coarse = below = None  # 0 at the coarsest level: ours, the paper does not say
         for n in reversed(range(self.num_levels)):
-            given = self._at(n, at.targets[n], at.sources[n], coarse, at.abar[n], maps, eps=at.eps[n], mask=at.masks[n])
+            given = self._at(n, at.targets[n], at.sources[n], coarse, at.abar[n], maps, eps=at.eps[n], mask=at.masks[n],
+                             below=below)  # fmt: skip
             outs[n] = self.net.forward_levels([given], vectors[n])[0]
+            below = given.features
             if n:
                 with torch.no_grad():
                     coarse = self._coarse_estimate(outs[n], at, n)
@@ -251,12 +268,12 @@ class PHMDiff(nn.Module):
         term = torch.where(visible, term, train.token_x0_weight * hidden)
         return term.mean(), torch.where(visible, x0, out), torch.where(visible, eps_hat, eps)
 
-    def _estimate(self, level: int, y_t: Tensor, sources: Tensor, coarse, abar, maps, vectors):
-        """(x0 clamped, variance fraction or None) of one level from a sampler's y_t."""
+    def _estimate(self, level: int, y_t: Tensor, sources: Tensor, coarse, abar, maps, vectors, below):
+        """(x0 clamped, variance fraction or None, the head's features or None) of one level from a sampler's y_t."""
         clean = y_t / per_sample(abar.sqrt())  # embed_visible multiplies by sqrt(abar) again
-        given = self._at(level, clean, sources, coarse, abar, maps)
+        given = self._at(level, clean, sources, coarse, abar, maps, below=below)
         out, fraction = self._split(self.net.forward_levels([given], vectors[level])[0])
-        return to_x0(self.config.prediction, out, y_t, abar).clamp(-1, 1), fraction
+        return to_x0(self.config.prediction, out, y_t, abar).clamp(-1, 1), fraction, given.features
 
     @torch.no_grad()
     def translate(
@@ -267,9 +284,12 @@ class PHMDiff(nn.Module):
 
         sample_ids (B,) int64 name the slices, so the same seed gives the same noise whatever the batch.
         settings: steps, sampler, seed; ``steps`` and ``seed`` override them (default: 1 step, seed 0).
-        Returns the levels, fine to coarse: [0] is (B, C, H, W) in [-1, 1].
+        Returns the levels, fine to coarse: [0] is (B, C, H, W) in [-1, 1]; with ``settings.views`` above 1 each is the
+        mean over views (``views_of``), which mirror along H: left and right of an axial slice.
         """
         settings = settings or SampleConfig()
+        if settings.views > 1:
+            return self._mean_of_views(sources, sample_ids, settings, steps=steps, seed=seed, progress=progress)
         steps = settings.steps if steps is None else steps
         rng = (settings.seed if seed is None else seed, 0)
         height, width = sources.shape[2:]
@@ -278,15 +298,19 @@ class PHMDiff(nn.Module):
         shape = (len(sources), self.net.target_channels)
         likes = [source.new_empty(*shape, *source.shape[2:]) for source in source_levels]
         coarse_t = settings.coarse_t if self.config.coarse == "teacher" else 0
+        left: list[Tensor | None] = [None]  # the head's features that a cascade's finer level takes over
 
         def sample(levels: range, coarse: Tensor | None) -> list[Tensor]:
             """Run the sampler over some levels together; ``coarse`` is the estimate below the coarsest of them."""
+            below = left[0]
 
             def draw(i: int) -> list[Tensor]:
                 return [self._normals(sample_ids, likes[n], (rng[0], i), _philox.EPS + n) for n in levels]
 
             def denoise(states: list[Tensor], t: int):
-                return self._denoise(levels, states, t, source_levels, coarse, maps, coarse_t, sample_ids, rng)
+                *made, left[0] = self._denoise(levels, states, t, source_levels, coarse, maps, coarse_t, sample_ids,
+                                               rng, below)  # fmt: skip
+                return tuple(made)
 
             how = {"draw": draw} if settings.sampler == "ddpm" else {}
             run = ddpm if settings.sampler == "ddpm" else ddim
@@ -304,8 +328,26 @@ class PHMDiff(nn.Module):
             height, width = -(-height // 2), -(-width // 2)
         return cropped
 
-    def _denoise(self, levels: range, states, t: int, source_levels, coarse, maps, coarse_t: int, sample_ids, rng):
-        """x0 estimates and variance fractions of some levels, coarse to fine; lists are fine to coarse."""
+    def _mean_of_views(self, sources: Tensor, sample_ids: Tensor, settings: SampleConfig, **how) -> list[Tensor]:
+        """Each view is translated with the same noise, undone, and averaged."""
+        alone = settings.model_copy(update={"views": 1})
+        total: list[Tensor] = []
+        for mirrored, *moved in views_of(settings.views, self.config.patch // 2):
+            seen = sources.flip(2) if mirrored else sources
+            levels = self.translate(seen.roll(moved, (2, 3)), sample_ids, alone, **how)
+            for n, level in enumerate(levels):
+                back = level.roll([-(pixels >> n) for pixels in moved], (2, 3))
+                back = back.flip(2) if mirrored else back
+                total.append(back) if len(total) <= n else total[n].add_(back)
+        return [level / settings.views for level in total]
+
+    def _denoise(
+        self, levels: range, states, t: int, source_levels, coarse, maps, coarse_t: int, sample_ids, rng, below
+    ):  # fmt: skip
+        """x0 estimates and variance fractions of some levels, coarse to fine, and the finest one's head features.
+
+        Lists are fine to coarse; ``coarse``, ``below``: estimate and features of the level below the coarsest of them.
+        """
         steps, coarse_steps = (sample_ids.new_full((len(states[0]),), value) for value in (t, coarse_t))
         abar = self.schedule(steps)
         vectors = self.net.modulations(steps, coarse_steps)
@@ -313,7 +355,8 @@ class PHMDiff(nn.Module):
         for i, level in reversed(list(enumerate(levels))):
             if coarse is not None and coarse_t:
                 coarse = self._noised_coarse(coarse, sample_ids, rng, level + 1, coarse_steps)
-            x0, fraction = self._estimate(level, states[i], source_levels[level], coarse, abar, maps, vectors)
+            x0, fraction, below = self._estimate(level, states[i], source_levels[level], coarse, abar, maps, vectors,
+                                                 below)  # fmt: skip
             out[i] = coarse = x0
             fractions[i] = fraction
-        return out, fractions if self.config.learn_variance else None
+        return out, fractions if self.config.learn_variance else None, below

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -362,3 +363,37 @@ def test_the_manner_follows_from_the_data():
     data = DataConfig(sources=["t1", "ct"], target="t2", context_slices=1, axis="sagittal")
     assert manner(data) == {"group": 3, "physical": (False,) * 3 + (True,) * 3, "mirror": False}
     assert manner(DataConfig()) == {"group": 1, "physical": (False,), "mirror": True}
+
+
+def test_jitter_moves_whole_pixels_and_everything_alike():
+    images = some(6, 1, 8, 9) + 0.01 * torch.arange(72.0).view(1, 1, 8, 9)
+    foreground = images > 0
+    config = TrainConfig(**OFF, jitter=3)
+    a, b, c = augment(images, images, torch.arange(6), (0, 4), config, foreground=foreground)
+    assert torch.equal(a, b)
+    offsets = set()
+    for before, after, inside, was in zip(images[:, 0], a[:, 0], c[:, 0], foreground[:, 0], strict=True):
+        fits = []
+        for dy, dx in itertools.product(range(-3, 4), repeat=2):
+            moved = torch.full_like(before, -1.0)
+            to = slice(max(dy, 0), 8 + min(dy, 0)), slice(max(dx, 0), 9 + min(dx, 0))
+            source = slice(max(-dy, 0), 8 + min(-dy, 0)), slice(max(-dx, 0), 9 + min(-dx, 0))
+            moved[to] = before[source]
+            if torch.equal(moved, after):
+                fits.append((dy, dx))
+                expected = torch.zeros_like(was)
+                expected[to] = was[source]
+                assert torch.equal(inside, expected)
+        assert len(fits) == 1  # exactly one of the 49 moves, and nothing was interpolated
+        offsets |= set(fits)
+    assert len(offsets) > 3
+
+
+def test_jitter_reaches_every_offset_alike():
+    ids = torch.arange(4000)
+    one = torch.zeros(4000, 1, 7, 7)
+    one[:, :, 3, 3] = 1
+    moved, _ = augment(one, one, ids, (1, 0), TrainConfig(**OFF, jitter=1))
+    counts = moved[:, 0].sum(0)[2:5, 2:5] + 0  # -1 comes in at the edges, never in the middle
+    assert counts.sum() == 4000
+    assert stats.chisquare(counts.flatten().numpy()).pvalue > 1e-3

@@ -22,6 +22,8 @@ VARIANTS = {
     "no stem": dict(stem=False),
     "no head": dict(head=False),
     "plain": dict(stem=False, head=False, patch=8),
+    "pyramid head": dict(head_kind="pyramid", stem_to_tokens=False),
+    "pyramid head and tokens": dict(head_kind="pyramid"),
     "variance": dict(learn_variance=True),
     "teacher": dict(coarse="teacher"),
     "cascade": dict(coupling="cascade"),
@@ -52,6 +54,13 @@ def test_forward_is_what_torch_counts(variant, masked):
     model = PHMDiff(config, 2, complexity=[1.0, 0.8, 0.5][: len(config.levels)])
     found = counted(model, masked, (30, 33), 2, 3)  # padded to 32 x 48, or 32 x 64 with patch 8
     assert step_flops(config, 2, (30, 33), 3, masked, model.ratios).forward == found
+
+
+def test_the_convolutional_denoiser_is_what_torch_counts_but_for_its_modulations():
+    config = ModelConfig(**SMALL, denoiser="convolutions")
+    found = counted(PHMDiff(config, 2, complexity=[1.0, 0.8, 0.5]), True, (32, 48), 2, 3)
+    ours = step_flops(config, 2, (32, 48), 3, True).forward
+    assert ours <= found < 1.02 * ours
 
 
 @pytest.mark.parametrize("preset", ["xs", "s4"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
+from skimage.metrics import structural_similarity
 from torch.distributions import Normal, kl_divergence
 
 from phmdiff_fast import losses
@@ -70,3 +72,27 @@ def test_the_papers_kernel():
     ours = losses.cross_granularity(eps, eps_hat, 4, 100, torch.arange(2), 0, (0, 0), "paper")
     expected = kernel(x, x) - 2 * kernel(x, y) + kernel(y, y)
     torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(11, 11), (24, 17)])
+def test_similarity_is_scikit_image_s_and_has_a_gradient(size):
+    torch.manual_seed(0)
+    y = torch.rand(3, 1, *size) * 2 - 1
+    x = (y + 0.3 * torch.randn_like(y)).requires_grad_()
+    found = losses.similarity(x, y)
+    how = dict(data_range=2.0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    for i in range(3):
+        a, b = x[i, 0].detach().double().numpy(), y[i, 0].double().numpy()
+        assert abs(float(found[i].detach()) - structural_similarity(a, b, **how)) < 2e-5
+    found.sum().backward()
+    with torch.no_grad():
+        assert (losses.similarity(x + 0.01 * x.grad / x.grad.abs().max(), y) > found).all()
+
+
+def test_similarity_keeps_float32_under_autocast_and_is_1_for_the_same_image():
+    y = 0.9 + 0.002 * torch.randn(2, 1, 16, 16)  # bright and nearly flat: in bf16 its variance is rounding
+    x = y + 0.001 * torch.randn_like(y)
+    exact = losses.similarity(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(losses.similarity(x, y), exact)
+    torch.testing.assert_close(losses.similarity(y, y), torch.ones(2))

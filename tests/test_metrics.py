@@ -150,3 +150,46 @@ def test_summary_keeps_infinity_and_refuses_nothing_or_unlike():
 
 def test_every_protocol_has_a_version():
     assert metrics.PROTOCOLS.keys() == metrics.VERSIONS.keys()
+
+
+def volumes():
+    """(prediction, reference, foreground), (14, 16, 15)."""
+    rng = np.random.default_rng(1)
+    z, y, x = np.mgrid[-1:1:14j, -1:1:16j, -1:1:15j]
+    foreground = x**2 + y**2 + z**2 < 0.8
+    reference = np.where(foreground, 0.5 * np.sin(3 * x + 2 * y - 4 * z), -1.0)
+    return reference + 0.1 * rng.standard_normal(reference.shape), reference, foreground
+
+
+def test_brain_3d_is_scikit_image_in_three_dimensions_over_the_foreground():
+    prediction, reference, foreground = volumes()
+    _, map_3d = structural_similarity(reference, prediction, full=True, **ORACLE)
+    got = metrics.brain_3d(prediction, reference, foreground)
+    assert got["ssim"] == pytest.approx(100 * map_3d[foreground].mean(), abs=1e-9)
+    plane = metrics.brain(prediction, reference, foreground)
+    assert (got["psnr"], got["mae"]) == (plane["psnr"], plane["mae"])
+
+
+def test_only_the_volume_s_ssim_sees_flicker_between_slices():
+    _, reference, foreground = volumes()
+    steady, flicker = (reference + 0.1 * sign[:, None, None] for sign in (np.ones(14), (-1.0) ** np.arange(14)))
+    flat = [metrics.brain(image, reference, foreground)["ssim"] for image in (steady, flicker)]
+    solid = [metrics.brain_3d(image, reference, foreground)["ssim"] for image in (steady, flicker)]
+    assert abs(flat[0] - flat[1]) < 2.5
+    assert solid[0] - solid[1] > 5
+
+
+def test_sharpness_by_hand_and_what_blur_noise_and_background_do():
+    reference = np.zeros((1, 12, 12))
+    reference[0, :, 6:] = 1.0  # one edge: 12 differences of 1 along W, none along H
+    everywhere = np.ones(reference.shape, bool)
+    assert metrics.sharpness(reference, reference, everywhere) == 1.0
+    assert metrics.sharpness(0.5 * reference, reference, everywhere) == pytest.approx(0.25)
+    ramp = reference.copy()
+    ramp[0, :, 6] = 0.5  # the same edge over two pixels: 12 (0.25 + 0.25)
+    assert metrics.sharpness(ramp, reference, everywhere) == pytest.approx(0.5)
+    noisy = reference + 0.3 * np.random.default_rng(0).standard_normal(reference.shape)
+    assert metrics.sharpness(noisy, reference, everywhere) > 1.5
+    left = everywhere.copy()
+    left[:, :, 6:] = False  # the edge itself is not inside
+    assert math.isnan(metrics.sharpness(reference, reference, left))

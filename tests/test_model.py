@@ -9,7 +9,7 @@ import torch
 
 from phmdiff_fast.config import LevelSpec, ModelConfig
 from phmdiff_fast.kernels.patch_mask import draw_mask
-from phmdiff_fast.model import MaskedDiT, dropped_ids, sincos_positions
+from phmdiff_fast.model import LevelInput, MaskedDiT, dropped_ids, sincos_positions
 
 
 def small(**more) -> ModelConfig:
@@ -39,7 +39,8 @@ def call(net, level=0, mask=None, size=16, channels=2, **change):
     maps = net.source_maps(full)
     up = None if coarsest else torch.nn.functional.interpolate(x["coarse"], scale_factor=2, mode="bilinear")
     return net(x["y"], x["sources"], x["coarse"], x["t"], x["abar"], level, eps=x["eps"], mask=mask,
-               stem_map=None if maps is None else maps[level], coarse_up=up)  # fmt: skip
+               stem_map=None if maps is None else maps[level], coarse_up=up,
+               below=x.get("below"))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,50 @@ def test_every_option_runs_and_every_parameter_learns(stem, head, decoder, maske
     unused = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     waiting = {n for n in unused if n.startswith(("decoder_embedder", "mask_token"))}  # only masked steps use them
     assert unused == (set() if masked else waiting)
+
+
+@pytest.mark.parametrize("to_tokens", [True, False])
+def test_a_pyramid_head_reads_tokens_map_and_the_coarser_head_s_features(to_tokens):
+    levels = [LevelSpec(mask_ratio=0.5) for _ in range(3)]
+    net = woken(MaskedDiT(small(levels=levels, patch=8, head_kind="pyramid", stem_to_tokens=to_tokens), 2))
+    assert not net.stem.up  # the head brings the context back up
+    for level in range(3):
+        size, widths = 32 >> level, (8, 16, 32)
+        below = None if level == 2 else torch.randn(2, widths[level + 1], size // 2, size // 2)
+        out = call(net, level, size=32, below=below)
+        assert out.shape == (2, 1, size, size)
+        if below is not None:
+            assert not torch.allclose(call(net, level, size=32, below=below + 1), out)
+    # What the tokens hold reaches the image through the head's first convolution alone.
+    below = torch.randn(2, 16, 16, 16)
+    with torch.no_grad():
+        net.heads[0].first.weight[:, :8] = 0
+    other = torch.randn(2, 1, 32, 32)
+    assert torch.allclose(call(net, size=32, below=below), call(net, size=32, below=below, y=other))
+
+
+def test_levels_in_one_pass_hand_the_head_s_features_up_as_one_after_the_other():
+    config = small(head_kind="pyramid", stem_to_tokens=False)
+    net = woken(MaskedDiT(config, 2))
+    sources, t = torch.randn(2, 2, 16, 16), torch.tensor([900, 40])
+    maps = net.source_maps(sources)
+    halves = torch.nn.functional.avg_pool2d(sources, 2)
+    abar, y = torch.tensor([0.02, 0.9]), [torch.randn(2, 1, n, n) for n in (16, 8)]
+    coarse = torch.randn(2, 1, 8, 8)
+    up = torch.nn.functional.interpolate(coarse, scale_factor=2, mode="bilinear")
+
+    def inputs():
+        return [LevelInput(0, y[0], sources, coarse, abar, maps[0], up, stem_to_tokens=False),
+                LevelInput(1, y[1], halves, None, abar, maps[1], stem_to_tokens=False)]  # fmt: skip
+
+    together = net.forward_levels(inputs(), net.packed_modulations(t))
+    vectors, (fine, rough) = net.modulations(t), inputs()
+    alone = net.forward_levels([rough], vectors[1])
+    fine.below = rough.features
+    torch.testing.assert_close(together[1], alone[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[0], net.forward_levels([fine], vectors[0])[0], rtol=1e-4, atol=1e-5)
+    fine.below = torch.zeros_like(rough.features)
+    assert not torch.allclose(together[0], net.forward_levels([fine], vectors[0])[0], rtol=1e-2)
 
 
 def test_masking_nothing_equals_no_mask():

@@ -10,7 +10,7 @@ from phmdiff_fast.config import LevelSpec, ModelConfig, SampleConfig, TrainConfi
 from phmdiff_fast.diffusion import noised
 from phmdiff_fast.kernels import _philox
 from phmdiff_fast.kernels.mmd import mmd2
-from phmdiff_fast.phmdiff import PHMDiff
+from phmdiff_fast.phmdiff import PHMDiff, views_of
 
 SMALL = dict(depth=2, width=64, heads=2, decoder_depth=1, decoder_width=32, decoder_heads=2, patch=4,
              stem_width=8, head_width=8, levels=[LevelSpec(mask_ratio=r) for r in (0.75, 0.5, 0.25)])  # fmt: skip
@@ -230,6 +230,9 @@ OPTIONS = {
     "cosine": dict(schedule="cosine"),
     "background": dict(drop_background=True),
     "token": dict(decoder_input="token", prediction="v"),
+    "residual": dict(residual=True),
+    "pyramid head": dict(head_kind="pyramid", stem_to_tokens=False),
+    "convolutions": dict(denoiser="convolutions", residual=True),
     "no masking": dict(levels=[LevelSpec(mask_ratio=0) for _ in range(3)]),
 }
 
@@ -381,3 +384,85 @@ def test_every_step_of_ddpm_draws_noise_of_its_own(monkeypatch):
     model.translate(images()[0], torch.arange(4), SampleConfig(steps=3, sampler="ddpm", seed=7))
     # The start and two steps (the last adds none), for each of the three levels.
     assert drawn == [((7, step), 1 + level) for step in range(3) for level in range(3)]
+
+
+def test_ssim_weight_adds_what_is_missing_of_the_structure():
+    levels = [LevelSpec(mask_ratio=0.5, weight=w) for w in (3.0, 1.0, 0.0)]
+    torch.manual_seed(0)
+    model = PHMDiff(small(levels=levels), 1)  # its output is 0
+    plain, more = (one(model, mmd_weight=0.0, ssim_weight=w) for w in (0.0, 0.2))
+    _, y = images()
+    for level in range(2):
+        lacking = 1 - losses.similarity(torch.zeros_like(y), y).mean()
+        torch.testing.assert_close(more.denoise[level] - plain.denoise[level], 0.2 * lacking)
+        y = torch.nn.functional.avg_pool2d(y, 2)
+    assert plain.denoise[2] == more.denoise[2]  # 8 x 8 is smaller than the window
+    torch.testing.assert_close(more.total.detach(), (3 * more.denoise[0] + more.denoise[1]) / 4)
+
+
+def test_residual_starts_from_the_coarser_estimate():
+    """An untrained network adds nothing: a level is the upsampled coarser one, the coarsest 0."""
+    torch.manual_seed(0)
+    for plain in (dict(), dict(denoiser="convolutions"), dict(head=False)):
+        model = PHMDiff(small(residual=True, **plain), 1)
+        given = torch.rand(4, 1, 16, 16)
+        at = model._at(0, images()[1], images()[0], given, torch.full((4,), 0.3), model.net.source_maps(images()[0]),
+                       eps=torch.randn(4, 1, 32, 32))  # fmt: skip
+        out = model.net.forward_levels([at], model.net.modulations(torch.full((4,), 500))[0])[0]
+        torch.testing.assert_close(out, torch.nn.functional.interpolate(given, scale_factor=2, mode="bilinear"))
+
+
+def test_views_are_undone_before_they_are_averaged():
+    """A translation that commutes with mirroring and moving is the same seen from anywhere."""
+    assert views_of(8, 2) == [(m, dy, dx) for dy, dx in ((0, 0), (2, 2), (2, 0), (0, 2)) for m in (False, True)]
+    model = awake().eval()
+    source, _ = images()
+    source = torch.nn.functional.pad(source, (4, 4, 4, 4), value=-1.0)[..., 3:37, 2:38]
+    ids = torch.arange(4)
+    one_view = model.translate(source, ids)
+    mean = model.translate(source, ids, SampleConfig(views=2))
+    mirrored = model.translate(source.flip(2), ids)
+    for a, b, c in zip(mean, one_view, mirrored, strict=True):
+        torch.testing.assert_close(a, (b + c.flip(2)) / 2)
+    seen = []
+
+    def pyramid_of_the_source(source, *_, **__):
+        seen.append(source)
+        return [source] + [source[..., :: 2**n, :: 2**n] for n in (1, 2)]
+
+    model.translate, inner = pyramid_of_the_source, PHMDiff._mean_of_views
+    for views in (2, 4, 8):
+        seen.clear()
+        out = inner(model, source, ids, SampleConfig(views=views), steps=1, seed=0, progress=None)
+        torch.testing.assert_close(out[0], source)
+        assert len({image.numpy().tobytes() for image in seen}) == views
+
+
+def test_the_convolutional_denoiser_does_not_see_masked_patches():
+    model = awake(denoiser="convolutions", levels=[LevelSpec(mask_ratio=0.5)] * 2)
+    source, target = images()
+    mask = model._mask(0, 64, torch.arange(4), (0, 3), None)
+    hidden = ~losses.visible_pixels(mask[1], 4, 32, 32)
+    vectors, abar = model.net.modulations(torch.full((4,), 500))[0], torch.full((4,), 0.5)
+
+    def made(y):
+        at = model._at(0, y, source, None, abar, None, eps=torch.zeros_like(y), mask=mask)
+        return model.net.forward_levels([at], vectors)[0]
+
+    assert torch.equal(made(target), made(torch.where(hidden, 0.5, target)))
+    assert not torch.equal(made(target), made(torch.where(hidden, target, 0.5)))
+
+
+@pytest.mark.parametrize("name", ["y", "eps", "sources", "coarse", "abar", "t"])
+def test_every_input_matters_to_the_convolutional_denoiser(name):
+    model = awake(denoiser="convolutions", scale_state=False)
+    source, target = images()
+    given = dict(y=target, sources=source, coarse=torch.rand(4, 1, 16, 16), abar=torch.full((4,), 0.5),
+                 eps=torch.randn(4, 1, 32, 32), t=torch.full((4,), 500))  # fmt: skip
+
+    def made(y, sources, coarse, abar, eps, t):
+        at = model._at(0, y, sources, coarse, abar, None, eps=eps)
+        return model.net.forward_levels([at], model.net.modulations(t)[0])[0]
+
+    changed = given[name] + 100 if name == "t" else given[name] * 0.7 + 0.1
+    assert not torch.allclose(made(**given), made(**given | {name: changed}))
