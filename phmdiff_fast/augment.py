@@ -19,8 +19,9 @@ from .grid import HU_CONTRASTS
 from .kernels import _philox
 from .pyramid import per_sample
 
-FLIP, GAMMA, SCALE, AFFINE, LEVEL, ELASTIC, BIAS, NOISE = (_philox.AUGMENT + n for n in range(8))
+FLIP, GAMMA, SCALE, AFFINE, LEVEL, ELASTIC, BIAS, NOISE, TONE = (_philox.AUGMENT + n for n in range(9))
 ELASTIC_NODES, BIAS_NODES = 5, 4  # a side
+TONE_PIECES = 6
 # Blurs: of the Laplacian's energy in 64 x 64 T2 slices 41 % is left, with bicubic 70 % (1 ms more a batch of 8).
 INTERPOLATION = "bilinear"
 
@@ -49,7 +50,8 @@ def augment(
     flip; whole pixels from -``jitter`` to ``jitter`` along H and W; rotation ``rotate`` u degrees, zoom
     exp(``zoom`` u), shift ``shift`` u sides along H and W, warp with a standard deviation of ``elastic``
     sides (above 0.04 it begins to fold), what comes from outside
-    being -1; then, a source as v in [0, 1], scale v^gamma exp(bias f), clipped, with gamma =
+    being -1; then, a source as v in [0, 1], a curve of slopes proportional to exp(``tone`` n), n normal, which
+    keeps 0 and 1 where they are (``through_curves``), then scale v^gamma exp(bias f), clipped, with gamma =
     exp(``gamma`` u), scale = 1 + ``scale`` u and max |f| = 1; noise of standard deviation U(0, ``noise``),
     see ``add_noise``; a setting that is 0 is off. Raises ValueError if
     ``group`` does not divide Cs or ``physical`` is not Cs long.
@@ -61,7 +63,7 @@ def augment(
     count = channels // group
     flip = config.flip and mirror
     moved = bool(config.rotate or config.zoom or config.shift or config.elastic)
-    tone = bool(config.gamma or config.scale or config.bias) and not all(physical)
+    tone = bool(config.gamma or config.scale or config.bias or config.tone) and not all(physical)
     # A fill is no copy from the host, for which a GPU would wait.
     rng = tuple(p if torch.is_tensor(p) else sample_ids.new_full((), p, dtype=torch.int64) for p in rng)
     if flip or config.jitter or moved or tone or config.noise:
@@ -89,6 +91,10 @@ def augment(
         sources, target, foreground = resample(grid, sources, target, foreground)
     if tone:
         made = ((sources + 1) / 2).clamp(0, 1)
+        if config.tone:
+            drawn = _philox.normals(sample_ids, count * TONE_PIECES, rng=rng, stream=TONE)
+            slopes = torch.exp(config.tone * drawn.view(len(drawn), count, TONE_PIECES))
+            made = through_curves(made, _each_channel(slopes, group))
         if config.gamma or config.scale:
             gamma = _each_channel(torch.exp((2 * uniforms[GAMMA][:, :count] - 1) * config.gamma), group)
             scale = _each_channel(1 + (2 * uniforms[SCALE][:, :count] - 1) * config.scale, group)
@@ -101,6 +107,20 @@ def augment(
         sigma = _each_channel(uniforms[LEVEL][:, :count] * config.noise, group)
         sources = add_noise(sources, sigma[:, :, None, None], sample_ids, rng, physical)
     return (sources, target) if foreground is None else (sources, target, foreground)
+
+
+def through_curves(v: Tensor, slopes: Tensor) -> Tensor:
+    """v (B, C, H, W) in [0, 1] through a rising curve from (0, 0) to (1, 1) of straight pieces, each as wide.
+
+    slopes (B, C, pieces) > 0, of which only the proportions count.
+    """
+    pieces = slopes.shape[-1]
+    rises = slopes / slopes.sum(-1, keepdim=True)
+    ends = rises.cumsum(-1)
+    at = v.flatten(2) * pieces  # (B, C, H W)
+    piece = at.long().clamp_max(pieces - 1)
+    rise, end = rises.gather(2, piece), ends.gather(2, piece)
+    return (end + (at - piece - 1) * rise).view_as(v)
 
 
 def displaced(images: Tensor, offsets: Tensor, fill: float | bool) -> Tensor:

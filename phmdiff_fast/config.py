@@ -161,6 +161,8 @@ class TrainConfig(Settings):
     flip: bool = True
     gamma: float = Field(0.4, ge=0)  # the source's gamma is exp(U(-gamma, gamma))
     scale: float = Field(0.2, ge=0, lt=1)  # the source's brightness is times U(1 - scale, 1 + scale)
+    # The source's values go through a random rising curve of 6 straight pieces, whose slopes are exp(N(0, tone)).
+    tone: float = Field(0.0, ge=0, le=2)
     rotate: float = Field(0.0, ge=0, le=180)  # degrees, in the plane: U(-rotate, rotate)
     zoom: float = Field(0.0, ge=0, lt=1)  # size is times exp(U(-zoom, zoom))
     shift: float = Field(0.0, ge=0, lt=1)  # share of the side

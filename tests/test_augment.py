@@ -397,3 +397,29 @@ def test_jitter_reaches_every_offset_alike():
     counts = moved[:, 0].sum(0)[2:5, 2:5] + 0  # -1 comes in at the edges, never in the middle
     assert counts.sum() == 4000
     assert stats.chisquare(counts.flatten().numpy()).pvalue > 1e-3
+
+
+def test_tone_is_a_rising_curve_of_each_source_that_keeps_black_and_white():
+    v = torch.linspace(0, 1, 61).expand(5, 2, 1, 61)
+    a, b = augment(2 * v - 1, 2 * v[:, :1] - 1, torch.arange(5), (0, 0), TrainConfig(**OFF, tone=0.7))
+    assert torch.equal(b, 2 * v[:, :1] - 1)
+    curves = (a[:, :, 0] + 1) / 2  # (5, 2, 61)
+    torch.testing.assert_close(curves[..., [0, -1]], v[:, :, 0, [0, -1]], rtol=0, atol=1e-6)
+    assert (curves.diff(dim=-1) > 0).all()
+    assert (curves.diff(n=2, dim=-1).abs() > 1e-4).sum() == 5 * 2 * 5  # straight but at five inner knots
+    assert len(torch.unique(curves.flatten(0, 1), dim=0)) == 10  # a curve of its own for each
+
+
+def test_tone_by_hand_and_shared_by_neighbouring_slices():
+    slopes = torch.tensor([[[3.0, 1.0]]])  # half of the way up by 3/4
+    v = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).view(1, 1, 1, 5)
+    expected = torch.tensor([0.0, 0.375, 0.75, 0.875, 1.0])
+    torch.testing.assert_close(module.through_curves(v, slopes).flatten(), expected)
+    image = some(3, 1, 6, 6).expand(3, 4, 6, 6).contiguous()
+    a, _ = augment(image, image[:, :1], torch.arange(3), (0, 0), TrainConfig(**OFF, tone=0.5), group=2)
+    assert torch.equal(a[:, 0], a[:, 1])
+    assert not torch.equal(a[:, 1], a[:, 2])
+    physical, _ = augment(
+        image, image[:, :1], torch.arange(3), (0, 0), TrainConfig(**OFF, tone=0.5), physical=(True,) * 4
+    )
+    assert torch.equal(physical, image)
