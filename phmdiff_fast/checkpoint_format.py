@@ -78,10 +78,12 @@ def check_manifest(manifest: dict, folder: Path) -> None:
     """Raise ValueError unless all that is used of it is of the type and in the range that it is used as, and its
     files are those that ``save`` writes; UNSAFE_FORMAT if one would have to be unpickled."""
     step, world, files = manifest["step"], manifest.get("world", 1), manifest["files"]
+    members = manifest.get("members", 1)
     spikes, seconds = manifest.get("spikes", {}), manifest.get("seconds", 0.0)
     right = {
         "step": type(step) is int and 0 <= step < 10**18,
         "world": type(world) is int and 0 < world < 10**5,
+        "members": type(members) is int and 0 < members < 10**3,
         "seconds": type(seconds) in (int, float) and 0 <= seconds < 2**63,
         **{key: type(manifest.get(key, {})) is dict for key in ("files", "tensors", "config", "spikes")},
     }

@@ -74,6 +74,9 @@ class DataConfig(Settings):
 class ModelConfig(Settings):
     # "convolutions": a small U-Net instead (width: head_width), for the comparison of the paper's Table II.
     denoiser: Literal["transformer", "convolutions"] = "transformer"
+    # Networks of their own, trained one after the other, each for an equal share of the budget; their estimates are
+    # averaged (deep ensemble, Lakshminarayanan et al. 2017): what is learnt of few people by one alone cancels out.
+    members: int = Field(1, ge=1, le=16)
     depth: int = Field(6, ge=1, le=256)
     width: int = Field(192, ge=16, le=16384)
     heads: int = Field(3, ge=1, le=1024)

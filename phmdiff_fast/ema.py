@@ -17,6 +17,16 @@ class EMA:
         self.names = [name for name, _ in model.named_parameters()]
         self._weights = [p for _, p in model.named_parameters()]
         self.shadow = [p.detach().clone() for p in self._weights]
+        self._part: nn.Module | None = None
+        self.follow(model)
+
+    def follow(self, part: nn.Module) -> None:
+        """From now on the average takes in the weights of this part of the model alone; the others stay as they are."""
+        if part is self._part:
+            return
+        self._part, chosen = part, {id(p) for p in part.parameters()}
+        pairs = [pair for pair in zip(self.shadow, self._weights, strict=True) if id(pair[1]) in chosen]
+        self._followed = tuple(list(of) for of in zip(*pairs, strict=True))
 
     def share(self, step: int) -> float:
         """1 - d of optimizer step ``step``, counted from 0."""
@@ -29,12 +39,13 @@ class EMA:
     @torch.no_grad()
     def take(self, share: float | Tensor) -> None:
         """shadow += share (weights - shadow); a share on the device can be part of a CUDA graph."""
+        shadow, weights = self._followed
         if not isinstance(share, Tensor):
-            torch._foreach_lerp_(self.shadow, self._weights, share)
+            torch._foreach_lerp_(shadow, weights, share)
             return
-        apart = torch._foreach_sub(self._weights, self.shadow)
+        apart = torch._foreach_sub(weights, shadow)
         torch._foreach_mul_(apart, share)
-        torch._foreach_add_(self.shadow, apart)
+        torch._foreach_add_(shadow, apart)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.shadow, strict=True))

@@ -102,6 +102,7 @@ def load(folder, *, device: str = "auto", warn=None) -> Run:
     model = PHMDiff(config.model, config.data.source_channels, 1, facts["complexity"])
     found.refuse_other(config, model.state_dict())
     model.load_state_dict(found.tensors("ema"), strict=True)
+    model.usable = min(found.manifest.get("members", 1), config.model.members)  # those trained when it was written
     return Run(
         folder, config, model.to(where).eval(), facts, found, where, pick_precision(config.train.precision, where)
     )

@@ -117,9 +117,10 @@ class Copies(Several):
         self.module = None  # until the first stage
 
     def stage(self, masked: bool, height: int, width: int) -> None:
-        if (masked, height, width) == self._at:
+        at = (masked, height, width, self.model.active)
+        if at == self._at:
             return
-        self._at = (masked, height, width)
+        self._at = at
         idle = {id(parameter) for parameter in self.model.unused(masked, height, width)}
         if idle == self._idle:
             return
@@ -175,7 +176,7 @@ class Shares(Several):
         if narrow is None:
             products = rest  # float64 stays float64
         with ranks.meeting():
-            for block in [*model.net.blocks, *model.net.decoder_blocks]:
+            for block in [block for net in model.nets for block in (*net.blocks, *net.decoder_blocks)]:
                 fully_shard(block.adaLN_modulation[1], mesh=mesh, mp_policy=products, reshard_after_forward=True)
                 fully_shard(block, mesh=mesh, mp_policy=products, reshard_after_forward=True)
             fully_shard(model, mesh=mesh, mp_policy=rest, reshard_after_forward=True)

@@ -8,6 +8,7 @@ teacher's, the true coarser image with noise on it). Sampling walks the same way
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -76,11 +77,19 @@ class PHMDiff(nn.Module):
         self.config = config
         self.schedule = Schedule(config.timesteps, config.beta_start, config.beta_end, config.schedule)
         network = ConvDenoiser if config.denoiser == "convolutions" else MaskedDiT
-        self.net = network(config, source_channels, target_channels)
+        nets = [network(config, source_channels, target_channels) for _ in range(config.members)]
+        self.net, self.others = nets[0], nn.ModuleList(nets[1:])
+        self.active = 0  # the member that ``loss`` trains
+        self.usable = config.members  # how many of them ``translate`` averages
         self.ratios = mask_ratios(config.levels, complexity, config.complexity_gain)
         self.num_levels = len(config.levels)
         weights = [spec.weight for spec in config.levels]
         self.shares = [weight / sum(weights) for weight in weights]  # of each level in the loss
+
+    @property
+    def nets(self) -> list[nn.Module]:
+        """The members' networks, in the order in which they are trained."""
+        return [self.net, *self.others]
 
     @property
     def multiple(self) -> int:
@@ -136,8 +145,9 @@ class PHMDiff(nn.Module):
         config = self.config
         with stage("levels"):
             at = self._levels_of(target, sources, sample_ids, rng, train, masked, foreground)
-        outs = self._all_at_once(at) if at.coarse_t is not None else self._one_by_one(at)
-        self.net.let_go()
+        net = self.nets[self.active]
+        outs = self._all_at_once(net, at) if at.coarse_t is not None else self._one_by_one(net, at)
+        net.let_go()
         terms = []
         for level, out in enumerate(outs):
             with stage("loss"):
@@ -170,7 +180,9 @@ class PHMDiff(nn.Module):
         sides = [-(-side // self.multiple) * self.multiple // self.config.patch for side in (height, width)]
         numbers = [(sides[0] >> n) * (sides[1] >> n) for n in range(self.num_levels)]
         kept = [num_kept(number, ratio) for number, ratio in zip(numbers, self.ratios, strict=True)]
-        return self.net.unused({n for n in range(self.num_levels) if masked and kept[n] < numbers[n]})
+        nets = self.nets
+        idle = nets[self.active].unused({n for n in range(self.num_levels) if masked and kept[n] < numbers[n]})
+        return idle + [p for n, net in enumerate(nets) if n != self.active for p in net.parameters()]
 
     def _levels_of(self, target, sources, sample_ids, rng, train, masked: bool, foreground) -> _Levels:
         """All that a training step knows of its levels before the network runs."""
@@ -194,30 +206,30 @@ class PHMDiff(nn.Module):
             list(abar) if t.dim() == 2 else [abar] * self.num_levels, masks, eps, t, coarse_t, told,
         )  # fmt: skip
 
-    def _all_at_once(self, at: _Levels) -> list[Tensor]:
+    def _all_at_once(self, net: nn.Module, at: _Levels) -> list[Tensor]:
         """Outputs a level where the truth stands for the coarser estimate: one pass over all levels."""
         with stage("stem"):
-            maps = self.net.source_maps(at.sources[0])
+            maps = net.source_maps(at.sources[0])
         with stage("modulations"):
-            vectors = self.net.packed_modulations(at.shared_t, at.coarse_t)
+            vectors = net.packed_modulations(at.shared_t, at.coarse_t)
         inputs = [
             self._at(n, y, at.sources[n], at.told[n], at.abar[n], maps, eps=at.eps[n], mask=at.masks[n])
             for n, y in enumerate(at.targets)
         ]
-        return self.net.forward_levels(inputs, vectors)
+        return net.forward_levels(inputs, vectors)
 
-    def _one_by_one(self, at: _Levels) -> list[Tensor]:
+    def _one_by_one(self, net: nn.Module, at: _Levels) -> list[Tensor]:
         """Outputs a level, coarse to fine, each reading the coarser one's x0 estimate, detached and clamped."""
         with stage("stem"):
-            maps = self.net.source_maps(at.sources[0])
+            maps = net.source_maps(at.sources[0])
         with stage("modulations"):
-            vectors = self.net.modulations(at.shared_t)
+            vectors = net.modulations(at.shared_t)
         outs: list[Tensor] = [None] * self.num_levels
         coarse = below = None  # 0 at the coarsest level: ours, the paper does not say
         for n in reversed(range(self.num_levels)):
             given = self._at(n, at.targets[n], at.sources[n], coarse, at.abar[n], maps, eps=at.eps[n], mask=at.masks[n],
                              below=below)  # fmt: skip
-            outs[n] = self.net.forward_levels([given], vectors[n])[0]
+            outs[n] = net.forward_levels([given], vectors[n])[0]
             below = given.features
             if n:
                 with torch.no_grad():
@@ -268,11 +280,11 @@ class PHMDiff(nn.Module):
         term = torch.where(visible, term, train.token_x0_weight * hidden)
         return term.mean(), torch.where(visible, x0, out), torch.where(visible, eps_hat, eps)
 
-    def _estimate(self, level: int, y_t: Tensor, sources: Tensor, coarse, abar, maps, vectors, below):
+    def _estimate(self, net: nn.Module, level: int, y_t: Tensor, sources: Tensor, coarse, abar, maps, vectors, below):
         """(x0 clamped, variance fraction or None, the head's features or None) of one level from a sampler's y_t."""
         clean = y_t / per_sample(abar.sqrt())  # embed_visible multiplies by sqrt(abar) again
         given = self._at(level, clean, sources, coarse, abar, maps, below=below)
-        out, fraction = self._split(self.net.forward_levels([given], vectors[level])[0])
+        out, fraction = self._split(net.forward_levels([given], vectors[level])[0])
         return to_x0(self.config.prediction, out, y_t, abar).clamp(-1, 1), fraction, given.features
 
     @torch.no_grad()
@@ -284,18 +296,31 @@ class PHMDiff(nn.Module):
 
         sample_ids (B,) int64 name the slices, so the same seed gives the same noise whatever the batch.
         settings: steps, sampler, seed; ``steps`` and ``seed`` override them (default: 1 step, seed 0).
-        Returns the levels, fine to coarse: [0] is (B, C, H, W) in [-1, 1]; with ``settings.views`` above 1 each is the
-        mean over views (``views_of``), which mirror along H: left and right of an axial slice.
+        Returns the levels, fine to coarse: [0] is (B, C, H, W) in [-1, 1]. Each is the mean over the members that are
+        trained (``usable``) and over ``settings.views`` (``views_of``: mirrored along H, left and right of an axial
+        slice), with the same noise. ``progress(i)`` is called after each sampling step of each of them.
         """
         settings = settings or SampleConfig()
-        if settings.views > 1:
-            return self._mean_of_views(sources, sample_ids, settings, steps=steps, seed=seed, progress=progress)
+        views = views_of(settings.views, self.config.patch // 2)
+        total: list[Tensor] = []
+        for net, (mirrored, *moved) in itertools.product(self.nets[: self.usable], views):
+            seen = sources.flip(2) if mirrored else sources
+            seen = seen.roll(moved, (2, 3)) if any(moved) else seen
+            levels = self._translate(net, seen, sample_ids, settings, steps, seed, progress)
+            for n, level in enumerate(levels):
+                back = level.roll([-(pixels >> n) for pixels in moved], (2, 3)) if any(moved) else level
+                levels[n] = back.flip(2) if mirrored else back
+            total = [sum_ + level for sum_, level in zip(total, levels, strict=True)] if total else levels
+        return [level / (self.usable * len(views)) for level in total]
+
+    def _translate(self, net: nn.Module, sources, sample_ids, settings: SampleConfig, steps, seed, progress):
+        """``translate`` by one member, of one view."""
         steps = settings.steps if steps is None else steps
         rng = (settings.seed if seed is None else seed, 0)
         height, width = sources.shape[2:]
         source_levels = build_pyramid(self.pad(sources), self.num_levels)
-        maps = self.net.source_maps(source_levels[0])
-        shape = (len(sources), self.net.target_channels)
+        maps = net.source_maps(source_levels[0])
+        shape = (len(sources), net.target_channels)
         likes = [source.new_empty(*shape, *source.shape[2:]) for source in source_levels]
         coarse_t = settings.coarse_t if self.config.coarse == "teacher" else 0
         left: list[Tensor | None] = [None]  # the head's features that a cascade's finer level takes over
@@ -308,8 +333,8 @@ class PHMDiff(nn.Module):
                 return [self._normals(sample_ids, likes[n], (rng[0], i), _philox.EPS + n) for n in levels]
 
             def denoise(states: list[Tensor], t: int):
-                *made, left[0] = self._denoise(levels, states, t, source_levels, coarse, maps, coarse_t, sample_ids,
-                                               rng, below)  # fmt: skip
+                *made, left[0] = self._denoise(net, levels, states, t, source_levels, coarse, maps, coarse_t,
+                                               sample_ids, rng, below)  # fmt: skip
                 return tuple(made)
 
             how = {"draw": draw} if settings.sampler == "ddpm" else {}
@@ -328,21 +353,9 @@ class PHMDiff(nn.Module):
             height, width = -(-height // 2), -(-width // 2)
         return cropped
 
-    def _mean_of_views(self, sources: Tensor, sample_ids: Tensor, settings: SampleConfig, **how) -> list[Tensor]:
-        """Each view is translated with the same noise, undone, and averaged."""
-        alone = settings.model_copy(update={"views": 1})
-        total: list[Tensor] = []
-        for mirrored, *moved in views_of(settings.views, self.config.patch // 2):
-            seen = sources.flip(2) if mirrored else sources
-            levels = self.translate(seen.roll(moved, (2, 3)), sample_ids, alone, **how)
-            for n, level in enumerate(levels):
-                back = level.roll([-(pixels >> n) for pixels in moved], (2, 3))
-                back = back.flip(2) if mirrored else back
-                total.append(back) if len(total) <= n else total[n].add_(back)
-        return [level / settings.views for level in total]
-
     def _denoise(
-        self, levels: range, states, t: int, source_levels, coarse, maps, coarse_t: int, sample_ids, rng, below
+        self, net: nn.Module, levels: range, states, t: int, source_levels, coarse, maps, coarse_t: int, sample_ids,
+        rng, below,
     ):  # fmt: skip
         """x0 estimates and variance fractions of some levels, coarse to fine, and the finest one's head features.
 
@@ -350,13 +363,13 @@ class PHMDiff(nn.Module):
         """
         steps, coarse_steps = (sample_ids.new_full((len(states[0]),), value) for value in (t, coarse_t))
         abar = self.schedule(steps)
-        vectors = self.net.modulations(steps, coarse_steps)
+        vectors = net.modulations(steps, coarse_steps)
         out, fractions = list(states), list(states)
         for i, level in reversed(list(enumerate(levels))):
             if coarse is not None and coarse_t:
                 coarse = self._noised_coarse(coarse, sample_ids, rng, level + 1, coarse_steps)
-            x0, fraction, below = self._estimate(level, states[i], source_levels[level], coarse, abar, maps, vectors,
-                                                 below)  # fmt: skip
+            x0, fraction, below = self._estimate(net, level, states[i], source_levels[level], coarse, abar, maps,
+                                                 vectors, below)  # fmt: skip
             out[i] = coarse = x0
             fractions[i] = fraction
         return out, fractions if self.config.learn_variance else None, below

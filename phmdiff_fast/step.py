@@ -35,7 +35,7 @@ def compile_blocks(model: PHMDiff, how: str, backend="inductor") -> None:
         if hasattr(torch._dynamo.config, limit):
             setattr(torch._dynamo.config, limit, max(COMPILED_SHAPES, getattr(torch._dynamo.config, limit)))
     mode = "max-autotune-no-cudagraphs" if how == "max-autotune" else None
-    for block in [*model.net.blocks, *model.net.decoder_blocks]:
+    for block in [block for net in model.nets for block in (*net.blocks, *net.decoder_blocks)]:
         block.compile(dynamic=False, fullgraph=True, backend=backend, **({"mode": mode} if mode else {}))
 
 
@@ -67,7 +67,8 @@ class Step:
             group["lr"] = self.lr
         self.ema = EMA(model, tc.ema)
         self.how = manner(config.data)
-        model.net.recompute = tc.recompute
+        for net in model.nets:
+            net.recompute = tc.recompute
         self.compiled = wants(tc.torch_compile, self.on_gpu and not together.shared)
         if self.compiled:
             compile_blocks(model, tc.torch_compile)
@@ -154,7 +155,7 @@ class Step:
 
     def whole(self, inputs: list[Tensor], masked: bool, micro: int, lr: float, step: int) -> tuple[LossTerms, Tensor]:
         """A step from its inputs to new weights; (loss terms, whether it was not finite and left out)."""
-        kind = (masked, micro, *(tuple(part.shape) for part in inputs[:-1]))
+        kind = (masked, micro, self.model.active, *(tuple(part.shape) for part in inputs[:-1]))
         made = self._made[kind] = self._made.get(kind, 0) + 1
         if not self.replays or made <= EAGER_STEPS:
             with self._aside() if self.replays else contextlib.nullcontext():

@@ -70,6 +70,9 @@ def train(
     if tc.deterministic and tc.minutes is not None:
         raise PhmdiffError("USAGE", "--deterministic does not go with --minutes, whose schedule follows the clock",
                            "give --steps", exit_code=USAGE)  # fmt: skip
+    if tc.parallel == "fsdp" and config.model.members > 1:
+        raise PhmdiffError("USAGE", "--parallel fsdp shares out one network, and the settings have several members",
+                           "take --parallel ddp, or model.members=1", exit_code=USAGE)  # fmt: skip
     device = pick_device(tc.device)
     if tc.data_device == "cuda" and device.type != "cuda":
         raise PhmdiffError("NO_GPU", "--data-device cuda keeps the slices on a GPU, and the training runs on the CPU",
@@ -144,7 +147,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
         """Losses are read here: on a GPU that waits for it, so not at every step."""
         for (step, part, _), (loss, bad) in zip(pending, _numbers(pending), strict=True):
             if bad:
-                trainer.refuse_nonfinite(step, part == "masked")
+                trainer.refuse_nonfinite(step, part.startswith("masked"))
             if tc.on_spike == "warn" and (why := trainer.spikes.sees(loss, part)) and ranks.first:
                 say(f"{why}, at step {step} (--on-spike skip, rollback or stop would do more than say so)")
         pending.clear()
@@ -156,7 +159,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
         trainer.written = trainer.step
         trainer.status.say("training", step=trainer.step)
         facts = {"seconds": elapsed, "version": __version__, "val_psnr": psnr, "config": config.fixed(),
-                 "spikes": trainer.spikes.state()}  # fmt: skip
+                 "members": trainer.model.usable, "spikes": trainer.spikes.state()}  # fmt: skip
         with figures.paused("checkpoint"):
             writer.save(trainer.step, trainer.together.full(trainer.groups()), facts)
 
@@ -217,6 +220,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
                 raise PhmdiffError("PEER_FAILED", "another process cannot write its share of a checkpoint",
                                    "see its line", exit_code=int(failed))  # fmt: skip
             share = budget.share(trainer.step, elapsed)
+            own = trainer.turn(share)  # of the member's part of the budget; all of it, with one member
             if asked or share >= 1:
                 break
 
@@ -224,8 +228,10 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
             if recorder is not None:
                 with ranks.busy(), figures.paused("profile"):
                     recorder.at(trainer.step)
-            masked = share < 1 - tc.finetune_share
-            part, lr, why, bad = "masked" if masked else "unmasked", trainer.rate(share), None, None
+            masked = own < 1 - tc.finetune_share
+            part, lr, why, bad = "masked" if masked else "unmasked", trainer.rate(own), None, None
+            if config.model.members > 1:
+                part = f"{part} {trainer.model.active + 1}"
             asked_for_data = time.monotonic()
             with stage("data"):
                 inputs = trainer.inputs(loader.batch(trainer.step), trainer.step)

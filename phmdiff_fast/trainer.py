@@ -28,10 +28,15 @@ from .progress import say
 from .run_folder import Log, Status, begin, open_cache, read_facts, read_split
 from .step import Step
 
+LATER_WARMUP = 0.01  # of a member's own part of the budget, where it is not the first: nobody keeps its first step
 
-def learning_rate(config, step: int, share: float) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine over the budget down to min_lr_ratio."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+def learning_rate(config, step: int, share: float, *, first: bool = True) -> float:
+    """Linear warm-up over ``warmup_steps``, then a cosine over the budget down to min_lr_ratio.
+
+    share : of a member's own part of the budget; first : whether it is the first of them
+    """
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps)) if first else min(1.0, share / LATER_WARMUP)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
     return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
@@ -179,9 +184,18 @@ class Trainer:
         """What ``Step`` is given of a batch."""
         return self.work.inputs(batch, self.everybody_at(step), step)
 
+    def turn(self, share: float) -> float:
+        """Whose turn it is, ``share`` of the whole budget used; the share of that member's own part."""
+        members = self.config.model.members
+        active = min(int(share * members), members - 1)
+        self.model.active = active
+        self.ema.follow(self.model.nets[active])
+        self.model.usable = members if share >= 1 else max(1, active)
+        return share * members - active
+
     def rate(self, share: float) -> float:
-        """The learning rate of this step, ``share`` of the budget used."""
-        return learning_rate(self.config.train, self.step, share)
+        """The learning rate of this step, ``share`` of the member's part of the budget used."""
+        return learning_rate(self.config.train, self.step, share, first=self.model.active == 0)
 
     def flops(self, masked: bool) -> Flops:
         """Of this process' share of a step."""
