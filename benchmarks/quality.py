@@ -1,7 +1,8 @@
 """Which method is best on people it has never seen: every row trained for the same wall-clock, one table.
 
     python -m benchmarks.quality --task t1-t2 --minutes 10 --rows ours,unet_l1,dit --out results.jsonl
-    python -m benchmarks.quality --out results.jsonl --table      # what is there, trained nothing
+    python -m benchmarks.quality --out results.jsonl --table      # what is there, nothing is trained
+    python -m benchmarks.quality --on val --minutes 3 --rows mine --extra 'mine={"train": {"lr": 1e-3}}' --out x.jsonl
 
 Each row is trained on the same slices with the same batch size, precision and augmentation, alone on the
 machine, and scored on people of the fixed split (--people fixed) or on each person in turn, the others in
@@ -94,8 +95,11 @@ def splits(cohort: Cohort, task: Task, people: str, part: str) -> Iterator[Split
 class Bench:
     """Trains and scores jobs; slices and people of a task and split are read once."""
 
-    def __init__(self, data: Path, device: str, folder: Path, image_size: int, settings: dict, looks: int, progress):
-        self.data, self.folder, self.looks, self.progress = data, folder, looks, progress
+    def __init__(
+        self, rows: dict[str, Row], data: Path, device: str, folder: Path, image_size: int, settings: dict, looks: int,
+        progress: bool,
+    ):  # fmt: skip
+        self.rows, self.data, self.folder, self.looks, self.progress = rows, data, folder, looks, progress
         self.settings = {**settings, "data": {**settings.get("data", {}), "image_size": image_size}}
         self.cohort = discover(data)
         self.device = pick_device(device)
@@ -125,12 +129,13 @@ class Bench:
 
     def run(self, job: Job) -> Iterator[dict]:
         """Train a row and score it: a result for each way to sample from it."""
-        row = ROWS[job.row]
+        row = self.rows[job.row]
         config = self.config(job, row.settings)
         test, val, cache, rows = self.people(job, config)
         facts = {
             "row": job.row, "task": job.task, "split": job.split.name, "seed": job.seed, "minutes": job.minutes,
-            "train": list(job.split.train), "image_size": config.data.image_size, **self.machine(config),
+            "train": list(job.split.train), "image_size": config.data.image_size, "settings": row.settings,
+            **self.machine(config),
         }  # fmt: skip
         made = self._model(row, job, config) if row.ours else self._rival(job, config, val, cache, rows)
         for how, function, more in made:
@@ -178,7 +183,7 @@ class Bench:
             pairs = zip(made, val, strict=True)
             return float(np.mean([metrics.phmdiff_slice(x, c.target, c.foreground)["psnr"] for x, c in pairs]))
 
-        with share_bar(f"training {ROWS[job.row].title}", self.progress) as meter, kept_memory(self.device):
+        with share_bar(f"training {self.rows[job.row].title}", self.progress) as meter, kept_memory(self.device):
             trained = train_rival(rival, cache, rows, config.train, job.minutes * 60, self.device, dtype,
                                   data=config.data, look=look if self.looks and val else None,
                                   looks=max(1, self.looks), progress=meter.at)  # fmt: skip
@@ -255,6 +260,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("PHMDIFF_REAL_DATA", REAL)))
     parser.add_argument("--task", default="t1-t2", help=f"comma-separated, of: {', '.join(TASKS)}")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated, of: {', '.join(ROWS)}")
+    parser.add_argument("--extra", action="append", default=[], metavar="NAME=JSON", help="a row of your own: settings "
+                        "over preset xs, to be named in --rows too")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=10.0, help="wall-clock of each training")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--people", choices=("fixed", "leave-one-out"), default="fixed")
@@ -270,7 +277,8 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables of --out and train nothing")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args()
-    for given, known in ((args.rows, ROWS), (args.task, TASKS)):
+    rows = ROWS | {name: Row(name, json.loads(text)) for name, _, text in (item.partition("=") for item in args.extra)}
+    for given, known in ((args.rows, rows), (args.task, TASKS)):
         if unknown := [name for name in given.split(",") if name not in known]:
             parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
     if args.table:
@@ -282,14 +290,14 @@ def main() -> None:
         parser.error(f"{args.data} holds no cohort: give --data, or set PHMDIFF_REAL_DATA")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args.data, args.device, Path(folder), args.image_size, parse_set(args.settings), args.looks,
+        bench = Bench(rows, args.data, args.device, Path(folder), args.image_size, parse_set(args.settings), args.looks,
                       not args.quiet)  # fmt: skip
         todo = jobs(bench.cohort, args)
         done = {key_of(result) for result in read_results(args.out)}
         for number, job in enumerate(todo, 1):
             if job.key in done:
                 continue
-            say(f"{number} of {len(todo)}: {ROWS[job.row].title}, {job.task}, {job.split.name}, seed {job.seed}")
+            say(f"{number} of {len(todo)}: {rows[job.row].title}, {job.task}, {job.split.name}, seed {job.seed}")
             results = list(bench.run(job))
             append(args.out, results)
     print(tables(read_results(args.out)))

@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 
+MOST_MEMBERS = 16  # networks of a run
 MOST_BYTES = 64 << 10  # of a run's config.toml; ours have two thousand
 Contrast = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,128}$")]  # it becomes part of file names
 
@@ -76,7 +77,8 @@ class ModelConfig(Settings):
     denoiser: Literal["transformer", "convolutions"] = "transformer"
     # Networks of their own, trained one after the other, each for an equal share of the budget; their estimates are
     # averaged (deep ensemble, Lakshminarayanan et al. 2017): what is learnt of few people by one alone cancels out.
-    members: int = Field(1, ge=1, le=16)
+    # 0: as many as the budget has room for, each some 30 passes over the training slices (``trainer.members_for``).
+    members: int = Field(1, ge=0, le=MOST_MEMBERS)
     depth: int = Field(6, ge=1, le=256)
     width: int = Field(192, ge=16, le=16384)
     heads: int = Field(3, ge=1, le=1024)

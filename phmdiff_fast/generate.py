@@ -99,10 +99,10 @@ def load(folder, *, device: str = "auto", warn=None) -> Run:
         raise PhmdiffError("NO_CHECKPOINT", "holds no valid checkpoint", "train it first",
                            exit_code=CHECKPOINT, file=folder)  # fmt: skip
     where = pick_device(device)
-    model = PHMDiff(config.model, config.data.source_channels, 1, facts["complexity"])
+    model = PHMDiff(config.model, config.data.source_channels, 1, facts["complexity"], members=facts["members"])
     found.refuse_other(config, model.state_dict())
     model.load_state_dict(found.tensors("ema"), strict=True)
-    model.usable = min(found.manifest.get("members", 1), config.model.members)  # those trained when it was written
+    model.usable = min(found.manifest.get("members", 1), len(model.nets))  # those trained when it was written
     return Run(
         folder, config, model.to(where).eval(), facts, found, where, pick_precision(config.train.precision, where)
     )

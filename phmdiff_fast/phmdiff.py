@@ -70,17 +70,22 @@ class PHMDiff(nn.Module):
     config : ModelConfig
     source_channels, target_channels : Cs and C
     complexity : mean gradient magnitude of each level, for the mask ratios; None: the ratios as given
+    members : how many networks; None: those of the settings, 1 where they leave it open
     """
 
-    def __init__(self, config: ModelConfig, source_channels: int, target_channels: int = 1, complexity=None):
+    def __init__(
+        self, config: ModelConfig, source_channels: int, target_channels: int = 1, complexity=None, *,
+        members: int | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.config = config
         self.schedule = Schedule(config.timesteps, config.beta_start, config.beta_end, config.schedule)
         network = ConvDenoiser if config.denoiser == "convolutions" else MaskedDiT
-        nets = [network(config, source_channels, target_channels) for _ in range(config.members)]
+        count = members or config.members or 1
+        nets = [network(config, source_channels, target_channels) for _ in range(count)]
         self.net, self.others = nets[0], nn.ModuleList(nets[1:])
         self.active = 0  # the member that ``loss`` trains
-        self.usable = config.members  # how many of them ``translate`` averages
+        self.usable = count  # how many of them ``translate`` averages
         self.ratios = mask_ratios(config.levels, complexity, config.complexity_gain)
         self.num_levels = len(config.levels)
         weights = [spec.weight for spec in config.levels]

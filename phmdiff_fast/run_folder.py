@@ -19,7 +19,7 @@ from pathlib import Path
 from . import data
 from .cache import SliceCache
 from .check import check_cohort
-from .config import Config, differing, read_config
+from .config import MOST_MEMBERS, Config, differing, read_config
 from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
 from .files import LOCK, is_unfinished, whole_file, write_json, writing
 from .progress import bar, say
@@ -106,6 +106,9 @@ def read_facts(out: Path, config: Config) -> dict:
     if not (isinstance(complexity, list) and len(complexity) == len(config.model.levels)
             and all(map(is_number, complexity)) and is_number(scale) and units in ("HU", "arbitrary")):  # fmt: skip
         raise _broken(out / "run.json", "complexity, median_p995 or units are missing or of another kind")
+    facts.setdefault("members", config.model.members or 1)  # of a run begun before there were several
+    if type(facts["members"]) is not int or not 1 <= facts["members"] <= MOST_MEMBERS:
+        raise _broken(out / "run.json", f"members is no number from 1 to {MOST_MEMBERS}")
     return facts
 
 

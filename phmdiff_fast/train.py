@@ -230,7 +230,7 @@ def _run(trainer: Trainer, split: dict, progress: bool, profiled: bool) -> None:
                     recorder.at(trainer.step)
             masked = own < 1 - tc.finetune_share
             part, lr, why, bad = "masked" if masked else "unmasked", trainer.rate(own), None, None
-            if config.model.members > 1:
+            if len(trainer.model.nets) > 1:
                 part = f"{part} {trainer.model.active + 1}"
             asked_for_data = time.monotonic()
             with stage("data"):

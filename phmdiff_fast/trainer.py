@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ from .progress import say
 from .run_folder import Log, Status, begin, open_cache, read_facts, read_split
 from .step import Step
 
+PASSES = 30  # over the training slices, after which a member learns its people by heart
+MOST_AUTOMATIC = 8
+UNTIMED, TIMED = 4, 5  # steps, of each stage
 LATER_WARMUP = 0.01  # of a member's own part of the budget, where it is not the first: nobody keeps its first step
 
 
@@ -39,6 +43,11 @@ def learning_rate(config, step: int, share: float, *, first: bool = True) -> flo
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps)) if first else min(1.0, share / LATER_WARMUP)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
     return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+
+
+def members_for(passes: float) -> int:
+    """Members for a budget of so many passes over the training slices (docs/LOG.md, "better than a U-Net")."""
+    return max(1, min(round(passes / PASSES), MOST_AUTOMATIC))
 
 
 def measure_complexity(cache: SliceCache, rows: np.ndarray, levels: int) -> list[float]:
@@ -76,7 +85,7 @@ class Trainer:
             cache = SliceCache.open(out / "cache", cohort, [*split["train"], *split["val"]], config.data)
         torch.manual_seed(tc.seed)  # initial weights; all later randomness is counter-based
         complexity = facts["complexity"]
-        model = PHMDiff(config.model, config.data.source_channels, 1, complexity)
+        model = PHMDiff(config.model, config.data.source_channels, 1, complexity, members=facts["members"])
         self.together = wrap(model, self.ranks, tc.parallel, self.device, self.dtype)
         self.work = Step(self.together, config, self.device, self.dtype)
         self.model = self.work.model
@@ -105,6 +114,7 @@ class Trainer:
         ratios = PHMDiff(config.model, config.data.source_channels, 1, complexity).ratios
         return {
             "version": __version__,
+            "members": config.model.members or self._members(cache, rows, complexity),
             "sources": config.data.sources,
             "target": config.data.target,
             "units": cache.units(config.data.target),
@@ -113,6 +123,39 @@ class Trainer:
             "slices": len(rows),
             "mask_ratios": ratios,
         }
+
+    def _members(self, cache: SliceCache, rows: np.ndarray, complexity: list[float]) -> int:
+        """How many members the budget has room for; with minutes some steps are taken to see how long one is."""
+        tc = self.config.train
+        if tc.parallel == "fsdp":  # for networks that do not fit: one is enough
+            return 1
+        steps = tc.steps or math.inf
+        if tc.minutes is not None:
+            steps = min(steps, 60 * tc.minutes / self._seconds_a_step(cache, rows, complexity))
+        passes = steps * tc.batch_size / len(rows)
+        members = members_for(passes)
+        say(f"{members} member{'s' * (members > 1)}: the budget is about {passes:.0f} passes over {len(rows)} slices "
+            "(model.members sets their number)")  # fmt: skip
+        return members
+
+    def _seconds_a_step(self, cache: SliceCache, rows: np.ndarray, complexity: list[float]) -> float:
+        """Of this process' share of a batch, masked and unmasked in their shares, by a model that is thrown away."""
+        tc, count = self.config.train, self.config.train.batch_size // self.ranks.world
+        model = PHMDiff(self.config.model, self.config.data.source_channels, 1, complexity, members=1)
+        work = Step(wrap(model, Alone(), "ddp", self.device, self.dtype), self.config, self.device, self.dtype)
+        ids = rows[np.arange(count) % len(rows)]
+        batch = [torch.from_numpy(cache.batch(ids)[name]) for name in NAMES]
+        took = {}
+        for masked in (True, False):
+            each = []
+            for step in range(UNTIMED + TIMED):
+                begun = time.perf_counter()
+                work.whole(work.inputs(batch, ids[None], step), masked, self.micro, 0.0, step)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                each.append(time.perf_counter() - begun)
+            took[masked] = float(np.median(each[UNTIMED:]))
+        return (1 - tc.finetune_share) * took[True] + tc.finetune_share * took[False]
 
     def resume(self, which) -> None:
         """Take the state of the checkpoint asked for, else of the newest that is whole; none: step 0."""
@@ -186,7 +229,7 @@ class Trainer:
 
     def turn(self, share: float) -> float:
         """Whose turn it is, ``share`` of the whole budget used; the share of that member's own part."""
-        members = self.config.model.members
+        members = len(self.model.nets)
         active = min(int(share * members), members - 1)
         self.model.active = active
         self.ema.follow(self.model.nets[active])

@@ -13,7 +13,7 @@ from test_phmdiff import awake, images, one
 from phmdiff_fast.config import SampleConfig, TrainConfig
 from phmdiff_fast.ema import EMA
 from phmdiff_fast.generate import load
-from phmdiff_fast.trainer import learning_rate
+from phmdiff_fast.trainer import PASSES, learning_rate, members_for
 
 MEMBERS = [*TINY, "--set", "model.members=2", "--set", "train.keep=20", "--set", "train.finetune_share=0.5"]
 
@@ -116,3 +116,26 @@ def test_members_are_not_shared_out(tiny_cohort, tmp_path, capsys):
     assert code == 2
     assert "members" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_budget_decides_how_many_members_there_are(tiny_cohort, tmp_path, capsys):
+    assert [members_for(p * PASSES) for p in (0.01, 1.4, 1.6, 4.0, 100.0)] == [1, 1, 2, 4, 8]
+    out = tmp_path / "run"
+    # Four people of nine slices, two of them in training: 14 slices with foreground, 3 a batch.
+    common = ["train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", out, "--image-size", 24, "--quiet",
+              *TINY, "--set", "model.members=0", "--set", "train.batch_size=3"]  # fmt: skip
+    assert cli(*common, "--steps", 1) == 0
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["members"] == 1
+    assert "1 member: the budget is about 0 passes" in capsys.readouterr().err
+    assert cli("train", tiny_cohort, "--out", out, "--steps", 4, "--quiet") == 0  # keeps to what it was begun with
+    assert json.loads((out / "run.json").read_text())["members"] == 1
+    other = tmp_path / "by the clock"
+    common[common.index(out)] = other
+    assert cli(*common, "--minutes", 0.02, "--set", "train.lr=0.002") == 0
+    assert 1 <= load(other).facts["members"] <= 8
+    assert load(other).model.usable == load(other).facts["members"]
+    (other / "run.json").write_text((other / "run.json").read_text().replace('"members": ', '"members": 1000'))
+    capsys.readouterr()
+    assert cli("sample", other, tiny_cohort / "p0", "--out", tmp_path / "o") == 4
+    assert "members" in capsys.readouterr().err

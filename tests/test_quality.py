@@ -132,6 +132,11 @@ def test_the_queue_trains_scores_stops_and_goes_on(tmp_path, monkeypatch, capsys
     assert "ours minus" in capsys.readouterr().out
     assert run(monkeypatch, "--out", out, "--table") == 0
     assert run(monkeypatch, *common, "--rows", "nobody") == 2
+    mine = tmp_path / "mine.jsonl"
+    common[common.index(out)] = mine
+    assert run(monkeypatch, *common, "--rows", "mine", "--extra", 'mine={"train": {"lr": 0.003}}') == 0
+    (first, *_) = quality.read_results(mine)
+    assert (first["row"], first["settings"]) == ("mine", {"train": {"lr": 0.003}})
 
 
 def test_the_best_checkpoint_is_the_validation_person_s(monkeypatch, tmp_path):
