@@ -20,6 +20,8 @@ DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), de
                       help="Where to compute.")  # fmt: skip
 STEPS = click.option("--steps", type=int, help="Sampling steps; 1 is the direct estimate.  [default: the run's]")
 SAMPLER = click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), help="How to step.  [default: the run's]")
+VIEWS = click.option("--views", type=click.IntRange(1, 2), help="2: the mean of the synthesis and that of the mirrored "
+                     "sources, twice the work.  [default: the run's]")  # fmt: skip
 QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 
@@ -190,6 +192,7 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the volumes.")
 @STEPS
 @SAMPLER
+@VIEWS
 @click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
 @click.option("--batch-size", type=int, help="Slices at a time.  [default: the run's]")
 @NAN
@@ -197,7 +200,8 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 @OVERWRITE
 @DEVICE
 @QUIET
-def sample(run, inputs, out, steps, sampler, seed, batch_size, nan, max_volume_gib, overwrite, device, quiet) -> None:
+def sample(run, inputs, out, steps, sampler, views, seed, batch_size, nan, max_volume_gib, overwrite, device,
+           quiet) -> None:  # fmt: skip
     """Synthesize the missing contrast of each INPUT with a trained RUN.
 
     INPUT is a scan (runs with one source), a subject's folder, or a whole cohort. Each volume is
@@ -211,7 +215,8 @@ def sample(run, inputs, out, steps, sampler, seed, batch_size, nan, max_volume_g
     with processes(pick_device(device)) as ranks:
         with ranks.told_once():
             opened = load(run, device=device, warn=_warn if ranks.first else None)
-            settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed, batch_size=batch_size)
+            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, seed=seed,
+                                              batch_size=batch_size)  # fmt: skip
         with bar(len(inputs), "synthesizing", ranks.first and not quiet) as meter:
 
             def count(subject: str, done: int, total: int) -> None:
@@ -227,21 +232,27 @@ def sample(run, inputs, out, steps, sampler, seed, batch_size, nan, max_volume_g
 @cli.command()
 @RUN
 @DATA
-@click.option("--protocol", "protocols", multiple=True, help="phmdiff-slice or brain (repeat).  [default: both]")
+@click.option(
+    "--protocol",
+    "protocols",
+    multiple=True,
+    help="phmdiff-slice, brain or brain-3d (repeat).  [default: the first two]",
+)
 @click.option("--baselines", is_flag=True, help="Also a lookup table and a U-Net trained as long as the model was.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table and each person's figures.")
 @click.option("--on", "part", type=click.Choice(["test", "val", "train"]), default="test", show_default=True,
               help="Which people of the run's split.")  # fmt: skip
 @STEPS
 @SAMPLER
+@VIEWS
 @click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
 @NAN
 @MAX_GIB
 @OVERWRITE
 @DEVICE
 @QUIET
-def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, seed, nan, max_volume_gib, overwrite,
-             device, quiet) -> None:  # fmt: skip
+def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, views, seed, nan, max_volume_gib,
+             overwrite, device, quiet) -> None:  # fmt: skip
     """Score a RUN on people it has not seen, at the run's image size; mean and deviation over people."""
     from .device import pick_device
     from .distributed import processes
@@ -256,7 +267,7 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, s
             if json_file is not None:
                 refuse_existing(json_file, overwrite)  # before the long work, not after it
             opened = load(run, device=device, warn=_warn if ranks.first else None)
-            settings = opened.sample_settings(steps=steps, sampler=sampler, seed=seed)
+            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, seed=seed)
         with share_bar("training the U-Net baseline", baselines and ranks.first and not quiet) as meter:
             result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
                            nan=nan, max_gib=max_volume_gib, baselines=baselines, progress=meter.at,
@@ -266,7 +277,8 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, s
         size = opened.config.data.image_size
         who = ", ".join(case.subject for case in result.cases)
         click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: {who}")
-        click.echo(f"scored at {size}x{size}, {settings.steps} sampling step(s)")
+        how = f"{settings.steps} sampling step(s)" + " x 2 views" * (settings.views == 2)
+        click.echo(f"scored at {size}x{size}, {how}")
         click.echo(format_table(result.rows))
         if result.unet_steps is not None:
             click.echo(f"model: {opened.found.step} steps, U-Net: {result.unet_steps} steps, "

@@ -55,7 +55,8 @@ class Run:
     def sample_settings(self, **over) -> SampleConfig:
         """The run's own sampling settings, with those given (not None) laid over. Raises PhmdiffError (exit 2)."""
         given = {key: value for key, value in over.items() if value is not None}
-        return build_config("xs", {"sample": {**self.config.sample.model_dump(), **given}}).sample
+        return build_config("xs", {"data": {"axis": self.config.data.axis},
+                                   "sample": {**self.config.sample.model_dump(), **given}}).sample  # fmt: skip
 
     def reading(self, nan: str | None = None, max_gib: float | None = None) -> dict:
         """How scans are read (``nan`` and ``max_gib`` of ``nifti.read_volume``): as given, else as in training."""
@@ -284,7 +285,8 @@ def _write(run: Run, path: Path, subject_id: str, volume, grid, settings: Sample
     sidecar = {
         "subject": subject_id, "target": run.target, "sources": run.sources, "units": run.units,
         "note": RESEARCH_ONLY, "checkpoint_sha256": digest, "checkpoint_step": run.found.step,
-        "seed": settings.seed, "steps": settings.steps, "sampler": settings.sampler,
+        "seed": settings.seed, "steps": settings.steps, "sampler": settings.sampler, "views": settings.views,
+        "members": run.model.usable,
         "image_size": run.config.data.image_size, "phmdiff_fast": __version__,
     }  # fmt: skip
     write_json(path.with_name(path.name.replace(".nii.gz", ".json")), sidecar)

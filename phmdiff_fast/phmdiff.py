@@ -28,15 +28,6 @@ from .sampling import ddim, ddpm
 from .stages import stage
 
 
-def views_of(count: int, half: int) -> list[tuple[bool, int, int]]:
-    """(mirrored, pixels moved along H, along W) of each view; ``half``: half a patch.
-
-    What leaves at one edge comes in at the other, where a scan has nothing but background as a rule.
-    """
-    moves = [(0, 0), (half, half), (half, 0), (0, half)][: max(1, count // 2)]
-    return [(mirrored, *move) for move in moves for mirrored in ((False,) if count == 1 else (False, True))]
-
-
 @dataclass
 class LossTerms:
     """What a training step returns: ``total`` carries the gradient, the rest is for the log."""
@@ -302,21 +293,18 @@ class PHMDiff(nn.Module):
         sample_ids (B,) int64 name the slices, so the same seed gives the same noise whatever the batch.
         settings: steps, sampler, seed; ``steps`` and ``seed`` override them (default: 1 step, seed 0).
         Returns the levels, fine to coarse: [0] is (B, C, H, W) in [-1, 1]. Each is the mean over the members that are
-        trained (``usable``) and over ``settings.views`` (``views_of``: mirrored along H, left and right of an axial
-        slice), with the same noise. ``progress(i)`` is called after each sampling step of each of them.
+        trained (``usable``) and, with ``settings.views`` 2, over the sources and their mirror image along H (left and
+        right of an axial slice), all with the same noise. ``progress(i)`` is called after each sampling step of each.
         """
         settings = settings or SampleConfig()
-        views = views_of(settings.views, self.config.patch // 2)
+        nets, mirrors = self.nets[: self.usable], (False, True)[: settings.views]
         total: list[Tensor] = []
-        for net, (mirrored, *moved) in itertools.product(self.nets[: self.usable], views):
+        for net, mirrored in itertools.product(nets, mirrors):
             seen = sources.flip(2) if mirrored else sources
-            seen = seen.roll(moved, (2, 3)) if any(moved) else seen
             levels = self._translate(net, seen, sample_ids, settings, steps, seed, progress)
-            for n, level in enumerate(levels):
-                back = level.roll([-(pixels >> n) for pixels in moved], (2, 3)) if any(moved) else level
-                levels[n] = back.flip(2) if mirrored else back
+            levels = [level.flip(2) for level in levels] if mirrored else levels
             total = [sum_ + level for sum_, level in zip(total, levels, strict=True)] if total else levels
-        return [level / (self.usable * len(views)) for level in total]
+        return [level / (len(nets) * len(mirrors)) for level in total]
 
     def _translate(self, net: nn.Module, sources, sample_ids, settings: SampleConfig, steps, seed, progress):
         """``translate`` by one member, of one view."""
