@@ -247,10 +247,12 @@ class DiTOnOurBlocks(DiT):
 
     decoder_blocks = ()
 
+    active = 0
+
     @property
-    def net(self) -> DiTOnOurBlocks:
-        """Where ``phmdiff_fast.step`` finds the blocks to compile."""
-        return self
+    def nets(self) -> list[DiTOnOurBlocks]:
+        """Where ``phmdiff_fast.step`` finds the blocks to compile, and the average what to follow."""
+        return [self]
 
     def forward(self, target: Tensor, sources: Tensor, *others, **more) -> LossTerms:
         """Called as ``PHMDiff.loss`` by ``phmdiff_fast.step``: compilation and CUDA graphs as ours."""

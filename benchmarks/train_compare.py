@@ -271,7 +271,12 @@ def one_after_the_other(net) -> None:
 
     def apart(inputs, vectors):
         parts = [v.split(v.shape[0] // len(inputs)) for v in vectors]
-        return [together([at], [v[i] for v in parts])[0] for i, at in enumerate(inputs)]
+        images, below = [], None
+        for i, at in reversed(list(enumerate(inputs))):  # a head may take over what the coarser one made
+            at.below = at.below if below is None else below
+            images.insert(0, together([at], [v[i] for v in parts])[0])
+            below = at.features
+        return images
 
     net.forward_levels = apart
 

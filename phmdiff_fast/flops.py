@@ -149,7 +149,8 @@ def _stem(config: ModelConfig, channels: int, sides: list[tuple[int, int]]) -> i
     for n, (area, wide) in enumerate(zip(pixels, widths, strict=True)):
         total += 2 * 2 * 9 * wide * wide * area  # the two of a ResidualConv
         if n:  # down to here, and 1x1 back up
-            back = wide * widths[n - 1] if config.head_kind == "flat" else 0
+            goes_up = config.head and config.head_kind == "pyramid"  # then the head brings the context back up
+            back = 0 if goes_up else wide * widths[n - 1]
             total += 2 * (9 * widths[n - 1] * wide + back) * area
     return total
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,15 +25,13 @@ def elementwise(prediction: Tensor, truth: Tensor, kind: str) -> Tensor:
     return difference.square() if kind == "l2" else difference.abs()
 
 
-@lru_cache(maxsize=64)
 def _window(side: int, device: torch.device) -> Tensor:
     """(side - 10, side): a product with it is a Gaussian mean over 11 of ``side`` values, where all 11 exist."""
-    reach = SSIM_SIDE // 2
-    weight = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / SSIM_SIGMA) ** 2)
-    rows = torch.zeros(side - 2 * reach, side, dtype=torch.float64)
-    for i in range(len(rows)):
-        rows[i, i : i + SSIM_SIDE] = weight / weight.sum()
-    return rows.float().to(device)
+    place = torch.arange(side, device=device)
+    reach = place - place[: side - SSIM_SIDE + 1, None]  # made there, nothing is copied over
+    weight = torch.exp(-0.5 * ((reach - SSIM_SIDE // 2) / SSIM_SIGMA) ** 2)
+    weight = torch.where((reach >= 0) & (reach < SSIM_SIDE), weight, 0.0)
+    return weight / weight.sum(1, keepdim=True)
 
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:

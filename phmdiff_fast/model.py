@@ -98,7 +98,8 @@ class MaskedDiT(nn.Module):
         super().__init__()
         self.config, self.source_channels, self.target_channels = config, source_channels, target_channels
         levels, p, D, Dd = len(config.levels), config.patch, config.width, config.decoder_width
-        back = config.head_kind != "pyramid"  # a pyramid head brings the context back up itself
+        self.goes_up = config.head and config.head_kind == "pyramid"
+        back = not self.goes_up  # a pyramid head brings the context back up itself
         self.stem = Stem(source_channels, config.stem_width, levels, back) if config.stem else None
         maps = self.stem.widths if self.stem else [0] * levels
         # Channels of a patch at each level: state, sources, stem maps, coarse_up (none at the coarsest).
@@ -128,7 +129,7 @@ class MaskedDiT(nn.Module):
         outputs = config.head_width if config.head else self.output_channels
         self.final_layer = nn.ModuleList(nn.Linear(Dd, p * p * outputs) for _ in range(levels))
         skips = [source_channels + maps[n] + coarse[n] for n in range(levels)]
-        if config.head_kind == "pyramid":
+        if self.goes_up:
             widths = [*(config.head_width * 2 ** min(n, 2) for n in range(levels)), 0]
             self.heads = nn.ModuleList(
                 PyramidHead(outputs + skips[n], widths[n + 1], widths[n], self.output_channels) for n in range(levels)
@@ -279,7 +280,7 @@ class MaskedDiT(nn.Module):
         x = unpatchify(self.final_layer[at.level](x), self.config.patch, *at.y.shape[2:])  # (B, outputs, H, W)
         if self.config.head:
             skips = [at.sources, *(part for part in (at.stem_map, at.coarse_up) if part is not None)]
-            if self.config.head_kind == "pyramid":
+            if self.goes_up:
                 x, at.features = self.heads[at.level](at.below, x, *skips)
             else:
                 x = self.heads[at.level](x, *skips)

@@ -27,7 +27,9 @@ def test_every_preset_is_valid_and_survives_toml(preset):
         }
         assert (model.depth, model.width, model.heads, model.decoder_depth, model.decoder_width) == sizes[preset]
         small = preset == "xs"  # minutes on a CPU: what the probe in docs/LOG.md found
-        assert (model.patch, model.stem, model.head) == (8 if small else 4, not small, True)
+        assert (model.patch, model.stem, model.head) == (8 if small else 4, True, True)
+        kinds = ("pyramid", False, 0, 0.2) if small else ("flat", True, 1, 0.0)
+        assert (model.head_kind, model.stem_to_tokens, model.members, config.train.ssim_weight) == kinds
 
 
 def test_the_command_line_names_the_presets():
@@ -53,7 +55,6 @@ def test_later_tables_win():
         (["model.coarse_noise=2000"], "coarse_noise"),
         (["model.decoder_input=token", "model.learn_variance=true"], "token"),
         (["model.residual=true", "model.prediction=v"], "residual"),
-        (["model.head_kind=pyramid", "model.stem=false"], "stem"),
         (["model.denoiser=convolutions", "model.coarse=teacher"], "convolutions"),
         (["model.denoiser=convolutions", "model.head_width=12"], "head_width"),
         (["sample.views=2", "data.axis=sagittal"], "left and right"),

@@ -24,6 +24,8 @@ VARIANTS = {
     "plain": dict(stem=False, head=False, patch=8),
     "pyramid head": dict(head_kind="pyramid", stem_to_tokens=False),
     "pyramid head and tokens": dict(head_kind="pyramid"),
+    "pyramid head without stem": dict(head_kind="pyramid", stem=False),
+    "pyramid without head": dict(head_kind="pyramid", head=False),
     "variance": dict(learn_variance=True),
     "teacher": dict(coarse="teacher"),
     "cascade": dict(coupling="cascade"),
