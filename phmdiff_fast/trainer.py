@@ -35,12 +35,9 @@ UNTIMED, TIMED = 4, 5  # steps, of each stage
 LATER_WARMUP = 0.01  # of a member's own part of the budget, where it is not the first: nobody keeps its first step
 
 
-def learning_rate(config, step: int, share: float, *, first: bool = True) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine over the budget down to min_lr_ratio.
-
-    share : of a member's own part of the budget; first : whether it is the first of them
-    """
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps)) if first else min(1.0, share / LATER_WARMUP)
+def learning_rate(config, step: int, share: float) -> float:
+    """Linear warm-up over ``warmup_steps``, then a cosine over the budget down to min_lr_ratio."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
     return config.lr * warm * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
 
@@ -134,8 +131,9 @@ class Trainer:
             steps = min(steps, 60 * tc.minutes / self._seconds_a_step(cache, rows, complexity))
         passes = steps * tc.batch_size / len(rows)
         members = members_for(passes)
-        say(f"{members} member{'s' * (members > 1)}: the budget is about {passes:.0f} passes over {len(rows)} slices "
-            "(model.members sets their number)")  # fmt: skip
+        if members > 1:
+            say(f"{members} members, one after the other: the budget is about {passes:.0f} passes over {len(rows)} "
+                "slices (model.members sets their number)")  # fmt: skip
         return members
 
     def _seconds_a_step(self, cache: SliceCache, rows: np.ndarray, complexity: list[float]) -> float:
@@ -238,7 +236,8 @@ class Trainer:
 
     def rate(self, share: float) -> float:
         """The learning rate of this step, ``share`` of the member's part of the budget used."""
-        return learning_rate(self.config.train, self.step, share, first=self.model.active == 0)
+        rate = learning_rate(self.config.train, self.step, share)
+        return rate * min(1.0, share / LATER_WARMUP) if self.model.active else rate
 
     def flops(self, masked: bool) -> Flops:
         """Of this process' share of a step."""
