@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo_out
 , := ,
 
-.PHONY: demo test bench mutants torture sanitize kernel-report gpu-check gpu-train gpu-kernel-tests lint clean
+.PHONY: demo test quality bench mutants torture sanitize kernel-report gpu-check gpu-train gpu-kernel-tests lint clean
 .DELETE_ON_ERROR:
 
 define install
@@ -42,6 +42,12 @@ test: $(VENV)/.test lint
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# Every method of docs/QUALITY.md on the fixed split, T1 -> T2, ten minutes each, alone on the machine: hours, and the
+# same command goes on with what is missing. make quality QUALITY="--people leave-one-out --rows ours,unet_l1" ...
+QUALITY_JSON ?= benchmarks/results/quality.jsonl
+quality: $(VENV)/.test
+	$(BIN)/python -m benchmarks.quality --resume --out $(QUALITY_JSON) $(QUALITY)
 
 # Do the tests of the kernels notice planted faults? Minutes; not part of `make test`.
 mutants: $(VENV)/.test

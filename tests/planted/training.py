@@ -17,7 +17,7 @@ FAULTS = [
     (STEP, "self.optimizer.found_inf = bad", "pass", "updated with NaN"),
     (STEP, "rng, sample_ids = self.config.train, (self.config.train.seed, step), everybody[self.rank]",
      "rng, sample_ids = self.config.train, (self.config.train.seed, 0), everybody[self.rank]", "noise of step 0"),
-    (STEP, "model.net.recompute = tc.recompute", "model.net.recompute = False", "never recomputed"),
+    (STEP, "            net.recompute = tc.recompute", "            net.recompute = False", "never recomputed"),
     (STEP, "fullgraph=True, backend=backend", "fullgraph=True, backend=\"eager\"", "compiled by nobody"),
     (MODEL, "idle += [] if level in masked_levels else layer.parameters()", "idle += layer.parameters()", "idle ones"),
     (METHOD, "kept[n] < numbers[n]})", "True})", "a level that keeps all is taken for masked"),
