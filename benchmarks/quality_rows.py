@@ -40,7 +40,7 @@ class Row:
     sampling: tuple[str, ...] = ("1", "1 x 2")
 
 
-_PLAIN = {"levels": [{"mask_ratio": 0.0}], "stem": False, "head": False, "residual": False, "patch": 4}
+_PLAIN = {"levels": [{"mask_ratio": 0.0}], "stem": False, "head": False, "residual": False, "patch": 4, "members": 1}
 _EPS, _ALL_T = {"prediction": "eps", "scale_state": False}, {"last_t_share": 0.0}
 _NO_EXTRAS = {"mmd_weight": 0.0, "ssim_weight": 0.0}
 ROWS: dict[str, Row] = {
