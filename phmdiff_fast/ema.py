@@ -25,8 +25,7 @@ class EMA:
         if part is self._part:
             return
         self._part, chosen = part, {id(p) for p in part.parameters()}
-        pairs = [pair for pair in zip(self.shadow, self._weights, strict=True) if id(pair[1]) in chosen]
-        self._followed = tuple(list(of) for of in zip(*pairs, strict=True))
+        self._followed = [n for n, weight in enumerate(self._weights) if id(weight) in chosen]
 
     def share(self, step: int) -> float:
         """1 - d of optimizer step ``step``, counted from 0."""
@@ -39,7 +38,7 @@ class EMA:
     @torch.no_grad()
     def take(self, share: float | Tensor) -> None:
         """shadow += share (weights - shadow); a share on the device can be part of a CUDA graph."""
-        shadow, weights = self._followed
+        shadow, weights = ([of[n] for n in self._followed] for of in (self.shadow, self._weights))
         if not isinstance(share, Tensor):
             torch._foreach_lerp_(shadow, weights, share)
             return

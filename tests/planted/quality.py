@@ -25,7 +25,7 @@ FAULTS = [
     (TRAINER, "return share * members - active", "return share", "a member's schedule runs over the whole budget"),
     (TRAINER, "members if share >= 1 else max(1, active)", "members", "all count as trained"),
     (TRAINER, "round(passes / PASSES)", "int(passes / PASSES)", "members rounded down"),
-    (EMA, "if id(pair[1]) in chosen", "if True", "the average follows everybody"),
+    (EMA, "if id(weight) in chosen", "if True", "the average follows everybody"),
     (AUGMENT, "- offsets[:, axis - 2, None]", "+ offsets[:, axis - 2, None]", "moved the other way"),
     (AUGMENT, "2 * config.jitter + 1) * uniforms", "2 * config.jitter) * uniforms", "one offset never comes"),
     (AUGMENT, "return (end + (at - piece - 1) * rise)", "return (end - (at - piece - 1) * rise)", "a curve that jumps"),
