@@ -69,10 +69,13 @@ class Job:
     split: Split
     seed: int
     minutes: float
+    image_size: int = 64
+    looks: int = 0
+    common: str = ""  # the settings given for all rows, as --set has them
 
     @property
     def key(self) -> tuple:
-        return self.row, self.task, self.split.name, self.seed, self.minutes
+        return self.row, self.task, self.split.name, self.seed, self.minutes, self.image_size, self.looks, self.common
 
 
 def splits(cohort: Cohort, task: Task, people: str, part: str) -> Iterator[Split]:
@@ -135,6 +138,7 @@ class Bench:
         facts = {
             "row": job.row, "task": job.task, "split": job.split.name, "seed": job.seed, "minutes": job.minutes,
             "train": list(job.split.train), "image_size": config.data.image_size, "settings": row.settings,
+            "looks": job.looks, "common": job.common,
             **self.machine(config),
         }  # fmt: skip
         made = self._model(row, job, config) if row.ours else self._rival(job, config, val, cache, rows)
@@ -158,6 +162,7 @@ class Bench:
                        device=self.device.type)  # fmt: skip
             best = best_checkpoint(run) if self.looks and job.split.val else run.found
             run.model.load_state_dict(best.tensors("ema"))
+            run.model.usable = best.manifest["members"]  # an earlier checkpoint's later members are not trained yet
             share = config.train.finetune_share
             flops = [step_flops(config.model, config.data.source_channels, config.data.image_size,
                                 config.train.batch_size, masked, run.model.ratios).training
@@ -241,13 +246,14 @@ def append(path: Path, results: list[dict]) -> None:
 
 
 def key_of(result: dict) -> tuple:
-    return tuple(result[name] for name in ("row", "task", "split", "seed", "minutes"))
+    first = tuple(result[name] for name in ("row", "task", "split", "seed", "minutes", "image_size"))
+    return *first, result.get("looks", 0), result.get("common", "")
 
 
 def jobs(cohort: Cohort, args) -> list[Job]:
     """All trainings asked for; the rows of one split follow one another, so that slices are read once."""
     return [
-        Job(row, name, split, seed, args.minutes)
+        Job(row, name, split, seed, args.minutes, args.image_size, args.looks, " ".join(args.settings))
         for name in args.task.split(",")
         for split in splits(cohort, TASKS[name], args.people, args.on)
         for seed in range(args.seeds)
@@ -293,6 +299,9 @@ def main() -> None:
         bench = Bench(rows, args.data, args.device, Path(folder), args.image_size, parse_set(args.settings), args.looks,
                       not args.quiet)  # fmt: skip
         todo = jobs(bench.cohort, args)
+        if not todo or not all(job.split.train and job.split.test for job in todo):
+            parser.error(f"{args.data} lacks the people of the split: give --people leave-one-out, with at least two "
+                         "people who have the contrasts")  # fmt: skip
         done = {key_of(result) for result in read_results(args.out)}
         for number, job in enumerate(todo, 1):
             if job.key in done:

@@ -132,11 +132,25 @@ def test_the_queue_trains_scores_stops_and_goes_on(tmp_path, monkeypatch, capsys
     assert "ours minus" in capsys.readouterr().out
     assert run(monkeypatch, "--out", out, "--table") == 0
     assert run(monkeypatch, *common, "--rows", "nobody") == 2
+    strangers = [x for x in common if x not in ("--people", "leave-one-out")]
+    strangers[strangers.index(out)] = tmp_path / "strangers.jsonl"
+    assert run(monkeypatch, *strangers, "--rows", "lookup") == 2  # none of them is in the fixed split
+    assert "leave-one-out" in capsys.readouterr().err
     mine = tmp_path / "mine.jsonl"
     common[common.index(out)] = mine
     assert run(monkeypatch, *common, "--rows", "mine", "--extra", 'mine={"train": {"lr": 0.003}}') == 0
     (first, *_) = quality.read_results(mine)
     assert (first["row"], first["settings"]) == ("mine", {"train": {"lr": 0.003}})
+
+
+def test_a_training_with_other_settings_is_another_training():
+    split = quality.Split("fixed/test", ("a",), (), ("b",))
+    one = quality.Job("ours", "t1-t2", split, 0, 1.0)
+    assert one.key == quality.key_of(result("ours", "b", 20.0))
+    for more in ({"image_size": 32}, {"looks": 10}, {"common": "train.lr=0.1"}):
+        assert quality.Job("ours", "t1-t2", split, 0, 1.0, **more).key != one.key
+        changed = quality.Job("ours", "t1-t2", split, 0, 1.0, **more)
+        assert changed.key == quality.key_of(result("ours", "b", 20.0, **more))
 
 
 def test_the_best_checkpoint_is_the_validation_person_s(monkeypatch, tmp_path):
