@@ -110,14 +110,16 @@ def tables(results: list[dict]) -> str:
     kinds: dict[tuple, list[dict]] = defaultdict(list)
     for result in results:
         kind = "leave one person out" if result["split"].startswith("without") else result["split"]
-        kinds[result["task"], kind, result["minutes"], result["image_size"], result["device"]].append(result)
+        apart = (result.get("looks", 0), result.get("common", ""))
+        kinds[result["task"], kind, result["minutes"], result["image_size"], result["device"], apart].append(result)
     parts = []
-    for (task, kind, minutes, size, device), some in kinds.items():
+    for (task, kind, minutes, size, device, (looks, common)), some in kinds.items():
         first = some[0]
         seeds = len({result["seed"] for result in some})
         head = f"### {task}, {kind}, {size} x {size}, {minutes:g} minutes, {seeds} seed{'s' * (seeds > 1)}"
         about = (device, f"{first['threads']} threads", first["dtype"], f"torch {first['torch']}", first["date"])
-        parts.append(f"{head}\n\n{', '.join(about)}, commit {first['commit']}")
+        more = [f"best of {looks} checkpoints by the validation person"] * (looks > 0) + [common] * bool(common)
+        parts.append(f"{head}\n\n{', '.join((*about, *more))}, commit {first['commit']}")
         parts.append(table(some))
         if paired := comparison(some):
             parts.append("Ours (one step) minus the others (one step), person by person: mean ± half of the 95 % "

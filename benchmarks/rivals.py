@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from phmdiff_fast import attention, blocks
-from phmdiff_fast.augment import augment, manner
-from phmdiff_fast.baselines import DoubleConv, UNet
+from phmdiff_fast.augment import manner
+from phmdiff_fast.baselines import DoubleConv, UNet, training_batch
 from phmdiff_fast.blocks import Attention, Block, FinalNorm, Mlp, run_blocks
-from phmdiff_fast.cache import SliceCache, batch_rows
+from phmdiff_fast.cache import SliceCache
 from phmdiff_fast.config import DataConfig, TrainConfig
 from phmdiff_fast.convolutions import ResidualConv
 from phmdiff_fast.device import autocast, kept_memory
@@ -668,11 +668,7 @@ def train_rival(
     with kept_memory(device):  # as our own trainer: without it a CPU's convolutions take twice as long
         clock = Clock(device)
         while share < 1:
-            chosen = rows[batch_rows(len(rows), config.batch_size, seed=config.seed, step=step)]
-            batch = cache.batch(chosen)
-            sources, target = (torch.from_numpy(batch[name]).to(device) for name in ("sources", "target"))
-            ids = torch.from_numpy(chosen).to(device)
-            sources, target = augment(sources, target, ids, (config.seed, step), config, **how)
+            sources, target = training_batch(cache, rows, config, step, device, how)
             with autocast(device, dtype):
                 rival.step(sources, target, share, step)
             taken[sum(share >= turn for turn in rival.turns)] += 1

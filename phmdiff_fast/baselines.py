@@ -89,6 +89,19 @@ class UNet(nn.Module):
         return self.last(x).float()
 
 
+def training_batch(
+    cache: SliceCache, rows: np.ndarray, config: TrainConfig, step: int, device: torch.device, how: dict
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """sources (B, Cs, S, S) and target (B, 1, S, S) of a step, augmented: what our own model sees at that step.
+
+    rows : training rows of the cache; how : ``augment.manner`` of its channels
+    """
+    chosen = rows[batch_rows(len(rows), config.batch_size, seed=config.seed, step=step)]
+    batch = cache.batch(chosen)
+    sources, target = (torch.from_numpy(batch[name]).to(device) for name in ("sources", "target"))
+    return augment(sources, target, torch.from_numpy(chosen).to(device), (config.seed, step), config, **how)
+
+
 def train_unet(
     cache: SliceCache, rows: np.ndarray, config: TrainConfig, seconds: float, device: torch.device, dtype: torch.dtype,
     *, data: DataConfig, progress=None,
@@ -104,11 +117,7 @@ def train_unet(
     with kept_memory(device):  # without it a step on a CPU takes twice as long: not what a rival should be held to
         begun, step = time.monotonic(), 0
         while (share := (time.monotonic() - begun) / seconds) < 1:
-            chosen = rows[batch_rows(len(rows), config.batch_size, seed=config.seed, step=step)]
-            batch = cache.batch(chosen)
-            sources, target = (torch.from_numpy(batch[name]).to(device) for name in ("sources", "target"))
-            ids = torch.from_numpy(chosen).to(device)
-            sources, target = augment(sources, target, ids, (config.seed, step), config, **how)
+            sources, target = training_batch(cache, rows, config, step, device, how)
             with autocast(device, dtype):
                 loss = (model(sources) - target).abs().mean()
             optimizer.zero_grad(set_to_none=True)
