@@ -5,9 +5,10 @@
     python -m benchmarks.quality --on val --minutes 3 --rows mine --extra 'mine={"train": {"lr": 1e-3}}' --out x.jsonl
 
 Each row is trained on the same slices with the same batch size, precision and augmentation, alone on the
-machine, and scored on people of the fixed split (--people fixed) or on each person in turn, the others in
-training (--people leave-one-out). A training is one line of JSON in --out, written when it is done; the same
-command goes on with what is missing, so the queue can be stopped (Ctrl-C) at any time.
+machine, and scored on people of the fixed split (--people fixed), of a split file (--people split.json), on each
+person in turn, the others in training (--people leave-one-out), or on everybody in so many parts, each by a
+training on the other parts (--people 3-fold). A training is one line of JSON in --out, written when it is done; the
+same command goes on with what is missing, so the queue can be stopped (Ctrl-C) at any time.
 
 Rows are in ``quality_rows``, other methods in ``rivals``; the table is made by ``quality_table``.
 """
@@ -20,9 +21,11 @@ import datetime
 import json
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +41,18 @@ from phmdiff_fast.cache import SliceCache
 from phmdiff_fast.config import Config, build_config, parse_set
 from phmdiff_fast.data import Cohort, discover
 from phmdiff_fast.device import kept_memory, pick_device, pick_precision
+from phmdiff_fast.errors import PhmdiffError
 from phmdiff_fast.evaluate import Case, load_case
 from phmdiff_fast.flops import step_flops
 from phmdiff_fast.generate import Run, load, predict
 from phmdiff_fast.held_out import rows_of
 from phmdiff_fast.progress import say, share_bar
+from phmdiff_fast.sampling import with_detail
+from phmdiff_fast.splits import make_fold, read_split
 from phmdiff_fast.train import train
 
 PROTOCOLS = ("phmdiff-slice", "brain", "brain-3d")
+FOLDS = re.compile(r"([2-9]|[1-9][0-9])-fold")
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "data" / "brain"
 
@@ -79,12 +86,22 @@ class Job:
 
 
 def splits(cohort: Cohort, task: Task, people: str, part: str) -> Iterator[Split]:
-    """The fixed split, or a fold for each person with the contrasts asked for.
+    """The fixed split, that of a file, or folds over the people with the contrasts asked for.
 
-    In a fold nobody is held back for validation: whatever is chosen was chosen before, on the fixed split.
+    In a fold nobody is held back for validation: whatever is chosen was chosen before, on the fixed split. people,
+    part : as --people and --on. Raises PhmdiffError as ``splits.read_split`` and ``splits.make_fold`` do.
     """
     has = [s for s, files in cohort.files.items() if {*task.sources, task.target} <= set(files)]
     real = [s for s in has if task.plumbing or not s.startswith("tpl-")]
+    if Path(people).suffix in (".json", ".csv"):
+        parts = {name: [s for s in chosen if s in has] for name, chosen in read_split(people, cohort.files).items()}
+        yield Split(f"{Path(people).name}/{part}", *(tuple(parts[name]) for name in ("train", "val", part)))
+        return
+    if found := FOLDS.fullmatch(people):
+        for fold in range(count := int(found[1])):
+            parts = make_fold(real, fold, count)
+            yield Split(f"{fold + 1} of {count}", (*parts["train"], *parts["val"]), (), tuple(parts["test"]))
+        return
     if people == "fixed" and not task.plumbing:
         val, test = ([s for s in FIXED[name] if s in real] for name in ("val", "test"))
         others = tuple(s for s in real if s not in FIXED["val"] and s not in FIXED["test"])
@@ -197,18 +214,20 @@ class Bench:
         facts = {"steps": trained.steps, "best_step": trained.best_step or trained.steps, "seconds": trained.seconds,
                  "parameters": rival.parameter_count(), "flops_step": trained.flops_step}  # fmt: skip
 
-        def mirrored(sources: np.ndarray) -> np.ndarray:
-            both = [rival_predict(rival, x, self.device, dtype) for x in (sources, sources[:, :, ::-1])]
-            return (both[0] + both[1][:, ::-1]) / 2
+        def translated(sources: np.ndarray, how: dict) -> np.ndarray:
+            made = rival_predict(rival, sources, self.device, dtype)
+            if how["views"] == 2:
+                made = (made + rival_predict(rival, sources[:, :, ::-1], self.device, dtype)[:, ::-1]) / 2
+            return with_detail(torch.from_numpy(made)[:, None], how["detail"])[:, 0].numpy()
 
-        yield "1", lambda sources: rival_predict(rival, sources, self.device, dtype), facts
-        yield "1 x 2", mirrored, facts
+        for how in self.rows[job.row].sampling:
+            yield how, partial(translated, how=sampling(how)), facts
 
 
 def sampling(how: str) -> dict:
-    """ "4 x 2" -> 4 steps, the mean over 2 views."""
-    steps, _, views = how.partition(" x ")
-    return {"steps": int(steps), "views": int(views or 1)}
+    """ "4 x 2, detail 1.1" -> 4 steps, the mean over 2 views, detail times 1.1; 1 step, 1 view, detail as it is."""
+    found = re.fullmatch(r"(\d+)(?: x (\d))?(?:, detail ([\d.]+))?", how)
+    return {"steps": int(found[1]), "views": int(found[2] or 1), "detail": float(found[3] or 1)}
 
 
 def best_checkpoint(run: Run) -> checkpoint.Checkpoint:
@@ -270,8 +289,9 @@ def main() -> None:
                         "over preset xs, to be named in --rows too")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=10.0, help="wall-clock of each training")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--people", choices=("fixed", "leave-one-out"), default="fixed")
-    parser.add_argument("--on", choices=("test", "val"), default="test", help="whom the fixed split scores")
+    parser.add_argument("--people", default="fixed", help="fixed, leave-one-out, K-fold (e.g. 3-fold), or a split "
+                        "file (.json or .csv as of phmdiff-fast train)")  # fmt: skip
+    parser.add_argument("--on", choices=("test", "val"), default="test", help="whom a split scores")
     parser.add_argument("--looks", type=int, default=0, help="keep the best of so many checkpoints, by the "
                         "validation person, instead of the last")  # fmt: skip
     parser.add_argument("--image-size", type=int, default=64)
@@ -287,6 +307,9 @@ def main() -> None:
     for given, known in ((args.rows, rows), (args.task, TASKS)):
         if unknown := [name for name in given.split(",") if name not in known]:
             parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    is_file = Path(args.people).suffix in (".json", ".csv") and Path(args.people).is_file()
+    if not (args.people in ("fixed", "leave-one-out") or FOLDS.fullmatch(args.people) or is_file):
+        parser.error(f"--people {args.people}: fixed, leave-one-out, 2-fold to 99-fold, or a split file")
     if args.table:
         print(tables(read_results(args.out)))
         return
@@ -298,7 +321,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(rows, args.data, args.device, Path(folder), args.image_size, parse_set(args.settings), args.looks,
                       not args.quiet)  # fmt: skip
-        todo = jobs(bench.cohort, args)
+        try:
+            todo = jobs(bench.cohort, args)
+        except PhmdiffError as problem:  # a split file or a number of folds that does not fit the cohort
+            parser.error(str(problem))
         if not todo or not all(job.split.train and job.split.test for job in todo):
             parser.error(f"{args.data} lacks the people of the split: give --people leave-one-out, with at least two "
                          "people who have the contrasts")  # fmt: skip

@@ -31,7 +31,7 @@ class Row:
     """A line of the table.
 
     settings : over preset xs; of a rival only ``data`` and ``train`` count. ours : trained by our own trainer.
-    sampling : the ways to sample: steps, "x" views
+    sampling : the ways to sample: steps, "x" views, "detail" gain; of a rival steps are 1
     """
 
     title: str
@@ -40,12 +40,14 @@ class Row:
     sampling: tuple[str, ...] = ("1", "1 x 2")
 
 
+AS_PRESET = "1, detail 1.15"  # how preset xs samples; a test holds them equal
 _PLAIN = {"levels": [{"mask_ratio": 0.0}], "stem": False, "head": False, "residual": False, "patch": 4, "members": 1}
 _EPS, _ALL_T = {"prediction": "eps", "scale_state": False}, {"last_t_share": 0.0}
 _NO_EXTRAS = {"mmd_weight": 0.0, "ssim_weight": 0.0}
 ROWS: dict[str, Row] = {
     "lookup": Row("value lookup table", ours=False, sampling=("-",)),
-    "unet_l1": Row("U-Net, L1 loss", ours=False),
+    "unet_l1": Row("U-Net, L1 loss", ours=False, sampling=("1", "1 x 2", AS_PRESET)),
+    "unet_mean": Row("U-Nets, L1 loss, their mean", ours=False),
     "pix2pix": Row("pix2pix", ours=False),
     "transunet": Row("TransUNet style, L1 loss", ours=False),
     "mae": Row("MAE-style regression", ours=False),
@@ -54,5 +56,5 @@ ROWS: dict[str, Row] = {
     "dit": Row("DiT, x0", {"model": _PLAIN, "train": _NO_EXTRAS}),
     "dit_eps": Row("DiT, eps, 25 steps", {"model": _PLAIN | _EPS, "train": _NO_EXTRAS | _ALL_T}, sampling=("25",)),
     "diffmae": Row("PHMDiff, DiffMAE reading", {"model": {"reading": "diffmae"}}),
-    "ours": Row("PHMDiff (ours)", sampling=("1", "1 x 2", "2", "4")),
+    "ours": Row("PHMDiff (ours)", sampling=(AS_PRESET, "1", "1 x 2", "1 x 2, detail 1.15", "4")),
 }

@@ -100,7 +100,7 @@ def ablate(
 
     data_path, config, split_file, fold : as of ``train``; out : folder of one run folder a row, table.json and
     table.md; rows : names of ``CHANGES``; part : whom to score, "test" or "val" of the split, which is that of the
-    first row for all of them.
+    first row for all of them, as is the number of members.
     Raises PhmdiffError as ``train`` and ``evaluate`` do, and (exit 2) for an unknown row.
     """
     out = Path(out)
@@ -108,6 +108,8 @@ def ablate(
     cohort, table, subjects = discover(data_path), [], {}
     for number, (row, settings) in enumerate(configs.items(), 1):
         say(f"{number}/{len(configs)} {TITLES[row]}")
+        if number > 1:  # a row whose steps are cheaper has no more members for it: one component is taken away, no two
+            settings = _with_members(settings, load(out / rows[0]).facts["members"])
         train(data_path, out / row, settings, split_file=split_file, fold=fold, progress=progress)
         if split_file is None and fold is None:  # drawn for the first row, the same for all
             split_file = out / row / "split.json"
@@ -123,6 +125,10 @@ def ablate(
         file.write(f"{markdown_table(named)}\n\n{about}\n".encode())
     say(f"{format_table(named)}\n\n{about}\ntables: {out / 'table.md'}, {out / 'table.json'}")
     return table
+
+
+def _with_members(config: Config, members: int) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"members": members})})
 
 
 def _about(config: Config, people: list[str], cohort, part: str, runs: dict) -> str:

@@ -22,6 +22,8 @@ STEPS = click.option("--steps", type=int, help="Sampling steps; 1 is the direct 
 SAMPLER = click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), help="How to step.  [default: the run's]")
 VIEWS = click.option("--views", type=click.IntRange(1, 2), help="2: the mean of the synthesis and that of the mirrored "
                      "sources, twice the work.  [default: the run's]")  # fmt: skip
+DETAIL = click.option("--detail", type=float, help="Fine structure times this: above 1 sharper, a little less exact.  "
+                      "[default: the run's]")  # fmt: skip
 QUIET = click.option("--quiet", is_flag=True, help="No progress bars.")
 
 
@@ -193,6 +195,7 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 @STEPS
 @SAMPLER
 @VIEWS
+@DETAIL
 @click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
 @click.option("--batch-size", type=int, help="Slices at a time.  [default: the run's]")
 @NAN
@@ -200,7 +203,7 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 @OVERWRITE
 @DEVICE
 @QUIET
-def sample(run, inputs, out, steps, sampler, views, seed, batch_size, nan, max_volume_gib, overwrite, device,
+def sample(run, inputs, out, steps, sampler, views, detail, seed, batch_size, nan, max_volume_gib, overwrite, device,
            quiet) -> None:  # fmt: skip
     """Synthesize the missing contrast of each INPUT with a trained RUN.
 
@@ -215,8 +218,8 @@ def sample(run, inputs, out, steps, sampler, views, seed, batch_size, nan, max_v
     with processes(pick_device(device)) as ranks:
         with ranks.told_once():
             opened = load(run, device=device, warn=_warn if ranks.first else None)
-            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, seed=seed,
-                                              batch_size=batch_size)  # fmt: skip
+            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, detail=detail,
+                                              seed=seed, batch_size=batch_size)  # fmt: skip
         with bar(len(inputs), "synthesizing", ranks.first and not quiet) as meter:
 
             def count(subject: str, done: int, total: int) -> None:
@@ -245,14 +248,15 @@ def sample(run, inputs, out, steps, sampler, views, seed, batch_size, nan, max_v
 @STEPS
 @SAMPLER
 @VIEWS
+@DETAIL
 @click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
 @NAN
 @MAX_GIB
 @OVERWRITE
 @DEVICE
 @QUIET
-def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, views, seed, nan, max_volume_gib,
-             overwrite, device, quiet) -> None:  # fmt: skip
+def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, views, detail, seed, nan,
+             max_volume_gib, overwrite, device, quiet) -> None:  # fmt: skip
     """Score a RUN on people it has not seen, at the run's image size; mean and deviation over people."""
     from .device import pick_device
     from .distributed import processes
@@ -267,7 +271,8 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, v
             if json_file is not None:
                 refuse_existing(json_file, overwrite)  # before the long work, not after it
             opened = load(run, device=device, warn=_warn if ranks.first else None)
-            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, seed=seed)
+            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, detail=detail,
+                                              seed=seed)  # fmt: skip
         with share_bar("training the U-Net baseline", baselines and ranks.first and not quiet) as meter:
             result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
                            nan=nan, max_gib=max_volume_gib, baselines=baselines, progress=meter.at,
@@ -278,6 +283,7 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, v
         who = ", ".join(case.subject for case in result.cases)
         click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: {who}")
         how = f"{settings.steps} sampling step(s)" + " x 2 views" * (settings.views == 2)
+        how += f", detail x {settings.detail:g}" * (settings.detail != 1)
         click.echo(f"scored at {size}x{size}, {how}")
         click.echo(format_table(result.rows))
         if result.unet_steps is not None:

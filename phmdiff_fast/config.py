@@ -197,6 +197,7 @@ class SampleConfig(Settings):
     steps: int = Field(1, ge=1)
     sampler: Literal["ddim", "ddpm"] = "ddim"  # steps = 1 is the x0 estimate at t = T
     coarse_t: int = Field(0, ge=0)  # coarse="teacher": noise put on the coarser estimate, as in training
+    detail: float = Field(1.0, ge=0.5, le=2)  # times this: what a mean over 3 x 3 pixels takes from the image
     views: Literal[1, 2] = 1  # 2: the mean with what the mirrored sources give, mirrored back; twice the work
     batch_size: int = Field(32, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
@@ -263,6 +264,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         2,
         model={"patch": 8, "stem_to_tokens": False, "head_kind": "pyramid", "members": 0},
         train={"lr": 2e-3, "batch_size": 8, "mmd_weight": 0.0, "ssim_weight": 0.2},
+        sample={"detail": 1.15},
     ),
     "s4": _vit(12, 384, 6, 4, train={"lr": 3e-4, "batch_size": 32}),
     "b4": _vit(12, 768, 12, 4, train={"lr": 2e-4, "batch_size": 32}),

@@ -286,6 +286,7 @@ def _write(run: Run, path: Path, subject_id: str, volume, grid, settings: Sample
         "subject": subject_id, "target": run.target, "sources": run.sources, "units": run.units,
         "note": RESEARCH_ONLY, "checkpoint_sha256": digest, "checkpoint_step": run.found.step,
         "seed": settings.seed, "steps": settings.steps, "sampler": settings.sampler, "views": settings.views,
+        "detail": settings.detail,
         "members": run.model.usable,
         "image_size": run.config.data.image_size, "phmdiff_fast": __version__,
     }  # fmt: skip

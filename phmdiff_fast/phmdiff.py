@@ -24,7 +24,7 @@ from .kernels.patch_mask import draw_mask
 from .masking import mask_ratios, num_kept
 from .model import LevelInput, MaskedDiT
 from .pyramid import build_pyramid, per_sample, upsample
-from .sampling import ddim, ddpm
+from .sampling import ddim, ddpm, with_detail
 from .stages import stage
 
 
@@ -294,7 +294,8 @@ class PHMDiff(nn.Module):
         settings: steps, sampler, seed; ``steps`` and ``seed`` override them (default: 1 step, seed 0).
         Returns the levels, fine to coarse: [0] is (B, C, H, W) in [-1, 1]. Each is the mean over the members that are
         trained (``usable``) and, with ``settings.views`` 2, over the sources and their mirror image along H (left and
-        right of an axial slice), all with the same noise. ``progress(i)`` is called after each sampling step of each.
+        right of an axial slice), all with the same noise. [0] has ``settings.detail`` (``with_detail``).
+        ``progress(i)`` is called after each sampling step of each member and view.
         """
         settings = settings or SampleConfig()
         nets, mirrors = self.nets[: self.usable], (False, True)[: settings.views]
@@ -304,7 +305,8 @@ class PHMDiff(nn.Module):
             levels = self._translate(net, seen, sample_ids, settings, steps, seed, progress)
             levels = [level.flip(2) for level in levels] if mirrored else levels
             total = [sum_ + level for sum_, level in zip(total, levels, strict=True)] if total else levels
-        return [level / (len(nets) * len(mirrors)) for level in total]
+        levels = [level / (len(nets) * len(mirrors)) for level in total]
+        return [with_detail(levels[0], settings.detail), *levels[1:]]
 
     def _translate(self, net: nn.Module, sources, sample_ids, settings: SampleConfig, steps, seed, progress):
         """``translate`` by one member, of one view."""

@@ -7,6 +7,7 @@ import json
 import pytest
 from conftest import TINY, cli
 
+from phmdiff_fast import trainer
 from phmdiff_fast.ablate import CHANGES, TITLES, settings_of
 from phmdiff_fast.config import build_config, differing
 from phmdiff_fast.errors import PhmdiffError
@@ -44,7 +45,9 @@ def test_settings_that_lack_a_component_already_are_refused(lacking):
 
 
 @pytest.mark.slow
-def test_the_command_makes_one_table_and_goes_on(tiny_cohort, tmp_path, capsys):
+def test_the_command_makes_one_table_and_goes_on(tiny_cohort, tmp_path, capsys, monkeypatch):
+    numbers = iter([2, 3, 4, 5, 6, 7])  # a budget has room for more members of a cheaper network
+    monkeypatch.setattr(trainer, "members_for", lambda passes: next(numbers))
     out = tmp_path / "ablation"
     arguments = ["ablate", tiny_cohort, "--source", "t1", "--target", "t2", "--out", out, "--steps", 2, "--image-size",
                  32, "--quiet", *TINY]  # fmt: skip
@@ -59,6 +62,7 @@ def test_the_command_makes_one_table_and_goes_on(tiny_cohort, tmp_path, capsys):
         assert table["runs"][row] == first["runs"][row]
     splits = {(out / row / "split.json").read_text() for row in CHANGES}
     assert len(splits) == 1
+    assert {json.loads((out / row / "run.json").read_text())["members"] for row in CHANGES} == {2}
     text = (out / "table.md").read_text()
     for title in TITLES.values():
         assert title in text

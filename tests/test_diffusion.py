@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from phmdiff_fast.diffusion import (
     Schedule,
@@ -19,7 +21,7 @@ from phmdiff_fast.diffusion import (
     velocity,
     x0_from_eps,
 )
-from phmdiff_fast.sampling import ddim, ddpm, one_step, trailing_timesteps
+from phmdiff_fast.sampling import ddim, ddpm, one_step, trailing_timesteps, with_detail
 
 
 def test_linear_schedule_of_the_paper():
@@ -88,6 +90,21 @@ def test_ddim_carries_noise_to_the_data_distribution():
         for n in (5, 50, 500)
     ]
     assert errors[0] > errors[1] > errors[2]
+
+
+def test_detail_is_what_a_binomial_mean_takes_away():
+    """Against scipy's correlation with (1 2 1) / 4 along both sides, edges repeated; smooth images stay as they are."""
+    image = torch.rand(2, 1, 9, 12, generator=torch.Generator().manual_seed(0)) * 0.8 - 0.4
+    kernel = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    blurred = torch.from_numpy(np.stack([ndimage.correlate(x, kernel, mode="nearest") for x in image[:, 0].numpy()]))
+    made = with_detail(image, 1.4)
+    torch.testing.assert_close(made, image + 0.4 * (image - blurred[:, None]))
+    torch.testing.assert_close(with_detail(image, 0.5), (image + blurred[:, None]) / 2)
+    assert torch.equal(with_detail(image, 1.0), image)
+    torch.testing.assert_close(with_detail(torch.full((1, 1, 5, 5), 0.3), 2.0), torch.full((1, 1, 5, 5), 0.3))
+    edge = torch.full((1, 1, 8, 8), -1.0)
+    edge[..., 4:] = 1.0
+    assert with_detail(edge, 1.9).abs().max() == 1  # nothing beyond the range
 
 
 def test_one_step_is_the_estimate_at_the_last_timestep():

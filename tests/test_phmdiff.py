@@ -11,6 +11,7 @@ from phmdiff_fast.diffusion import noised
 from phmdiff_fast.kernels import _philox
 from phmdiff_fast.kernels.mmd import mmd2
 from phmdiff_fast.phmdiff import PHMDiff
+from phmdiff_fast.sampling import with_detail
 
 SMALL = dict(depth=2, width=64, heads=2, decoder_depth=1, decoder_width=32, decoder_heads=2, patch=4,
              stem_width=8, head_width=8, levels=[LevelSpec(mask_ratio=r) for r in (0.75, 0.5, 0.25)])  # fmt: skip
@@ -423,6 +424,17 @@ def test_two_views_are_the_mean_with_the_mirrored_one_mirrored_back():
     for both, a, b in zip(model.translate(source, ids, SampleConfig(views=2)), alone, mirrored, strict=True):
         torch.testing.assert_close(both, (a + b.flip(2)) / 2)
         assert not torch.allclose(a, b.flip(2))
+
+
+def test_detail_is_of_the_mean_at_the_finest_level_alone():
+    model = awake().eval()
+    source, ids = images()[0][..., :31, :29], torch.arange(4)
+    plain = model.translate(source, ids, SampleConfig(views=2))
+    sharper = model.translate(source, ids, SampleConfig(views=2, detail=1.5))
+    torch.testing.assert_close(sharper[0], with_detail(plain[0], 1.5))
+    assert not torch.allclose(sharper[0], plain[0])
+    for a, b in zip(sharper[1:], plain[1:], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_convolutional_denoiser_does_not_see_masked_patches():

@@ -10,9 +10,10 @@ import pytest
 from conftest import phantom, write_scan
 
 from benchmarks import quality, quality_table
-from benchmarks.quality_rows import FIXED, ROWS, TASKS, Task
+from benchmarks.quality_rows import AS_PRESET, FIXED, ROWS, TASKS, Task
 from benchmarks.rivals import RIVALS
 from phmdiff_fast.config import build_config
+from phmdiff_fast.errors import PhmdiffError
 from phmdiff_fast.layouts import Cohort
 
 PEOPLE = ["mslub-cs-07", "mslub-cs-26", "mslub-long-04", "mslub-long-12", "tcga-du-7294", "tcga-fg-6692"]
@@ -47,13 +48,39 @@ def test_leave_one_out_scores_everybody_with_the_contrasts_once_and_no_template(
                                                                "fixed", "test") for s in fold.test)  # fmt: skip
 
 
+def test_folds_score_everybody_once_by_a_training_on_all_others(tmp_path):
+    folds = list(quality.splits(cohort(tmp_path), TASKS["t1-t2"], "3-fold", "test"))
+    assert sorted(p for fold in folds for p in fold.test) == PEOPLE
+    assert [len(fold.test) for fold in folds] == [2, 2, 2]
+    assert all(sorted((*fold.train, *fold.test)) == PEOPLE and not fold.val for fold in folds)
+    text = quality_table.tables([result("ours", p, 20.0, split=fold.name) for fold in folds for p in fold.test])
+    assert text.count("### ") == 1
+    assert "3 folds of people" in text
+    with pytest.raises(PhmdiffError, match="TOO_FEW"):
+        list(quality.splits(cohort(tmp_path), TASKS["t1-t2"], "9-fold", "test"))
+
+
+def test_a_split_file_says_who_is_trained_on_and_scored(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"train": PEOPLE[:3], "val": [PEOPLE[3]], "test": PEOPLE[4:]}))
+    (split,) = quality.splits(cohort(tmp_path, mslub_cs_26=("t1",)), TASKS["t1-t2"], str(path), "val")
+    assert (split.train, split.val, split.test) == ((PEOPLE[0], PEOPLE[2]), (PEOPLE[3],), (PEOPLE[3],))  # 26 has no t2
+    (split,) = quality.splits(cohort(tmp_path), TASKS["t1-t2"], str(path), "test")
+    assert split.test == tuple(PEOPLE[4:])
+    path.write_text(json.dumps({"train": PEOPLE[:3], "test": PEOPLE[2:]}))
+    with pytest.raises(PhmdiffError, match="LEAK"):
+        list(quality.splits(cohort(tmp_path), TASKS["t1-t2"], str(path), "test"))
+
+
 def test_every_row_is_trained_by_something_and_has_settings_that_hold():
     for name, row in ROWS.items():
         assert (name in RIVALS or name == "lookup") != row.ours
         config = build_config("xs", row.settings)
         for how in row.sampling if row.ours else ():
             config.sample.model_copy(update=quality.sampling(how))
-    assert quality.sampling("4 x 2") == {"steps": 4, "views": 2}
+    assert quality.sampling("4 x 2") == {"steps": 4, "views": 2, "detail": 1.0}
+    preset = build_config("xs").sample
+    assert quality.sampling(AS_PRESET) == {"steps": preset.steps, "views": preset.views, "detail": preset.detail}
     assert len(build_config("xs", ROWS["dit"].settings).model.levels) == 1
 
 
@@ -114,24 +141,30 @@ def test_the_queue_trains_scores_stops_and_goes_on(tmp_path, monkeypatch, capsys
               "--out", out, *(x for item in tiny for x in ("--set", f"model.{item}"))]  # fmt: skip
     assert run(monkeypatch, *common, "--rows", "lookup,unet_l1") == 0
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(r["row"], r["sampling"]) for r in lines] == [("lookup", "-"), ("unet_l1", "1"), ("unet_l1", "1 x 2")] * 3
+    assert [(r["row"], r["sampling"]) for r in lines] == [("lookup", "-"), ("unet_l1", "1"), ("unet_l1", "1 x 2"),
+                                                         ("unet_l1", AS_PRESET)] * 3  # fmt: skip
     assert {p for r in lines for p in r["people"]} == {"p0", "p1", "p2"}
     assert all(p not in r["train"] for r in lines for p in r["people"])
     scores = lines[1]["people"]["p0"]
     assert set(scores) == {*quality.PROTOCOLS, "detail"}
-    out.write_text("".join(json.dumps(r) + "\n" for r in lines[:-3]) + '{"row": "unet_l1", "ta')  # killed while writing
+    out.write_text("".join(json.dumps(r) + "\n" for r in lines[:-4]) + '{"row": "unet_l1", "ta')  # killed while writing
     assert run(monkeypatch, *common, "--rows", "lookup,unet_l1") == 2  # it exists
     assert "--resume" in capsys.readouterr().err
     assert run(monkeypatch, *common, "--rows", "lookup,unet_l1,ours", "--resume") == 0
     again = quality.read_results(out)
-    assert again[: len(lines) - 3] == lines[:-3]  # nothing was trained twice
-    assert sum(r["row"] == "unet_l1" for r in again) == 6
+    assert again[: len(lines) - 4] == lines[:-4]  # nothing was trained twice
+    assert sum(r["row"] == "unet_l1" for r in again) == 9
     ours = [r for r in again if r["row"] == "ours"]
     assert [r["sampling"] for r in ours] == [*ROWS["ours"].sampling] * 3
     assert all(r["steps"] >= 1 and r["flops_step"] > 0 for r in ours)
     assert "ours minus" in capsys.readouterr().out
     assert run(monkeypatch, "--out", out, "--table") == 0
     assert run(monkeypatch, *common, "--rows", "nobody") == 2
+    for people in ("1-fold", "7-fold", "nowhere.json"):  # no cross-validation, more folds than people, no such file
+        others = [people if x == "leave-one-out" else tmp_path / "no.jsonl" if x == out else x for x in common]
+        assert run(monkeypatch, *others, "--rows", "lookup") == 2
+        assert len(capsys.readouterr().err.strip().splitlines()[-1]) < 250
+    assert not (tmp_path / "no.jsonl").exists()
     strangers = [x for x in common if x not in ("--people", "leave-one-out")]
     strangers[strangers.index(out)] = tmp_path / "strangers.jsonl"
     assert run(monkeypatch, *strangers, "--rows", "lookup") == 2  # none of them is in the fixed split

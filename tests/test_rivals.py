@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import rivals
-from benchmarks.rivals import RIVALS, Rival, count, rival_predict, train_rival
+from benchmarks.rivals import RIVALS, base, rival_predict, train_rival, training, unet
+from benchmarks.rivals.base import Rival, count
 from phmdiff_fast import baselines
 from phmdiff_fast.baselines import UNet, train_unet
 from phmdiff_fast.config import DataConfig, TrainConfig
@@ -66,7 +66,14 @@ def moved(module: nn.Module, before: dict[str, torch.Tensor]) -> list[bool]:
 # --- every rival --------------------------------------------------------------------------------------
 
 # Steps, and the error that may be left of the best constant's, on slices that were not trained on.
-ENOUGH = {"unet_l1": (60, 0.3), "pix2pix": (60, 0.3), "transunet": (60, 0.3), "mae": (150, 0.5), "latent": (240, 0.4)}
+ENOUGH = {
+    "unet_l1": (60, 0.3),
+    "unet_mean": (60, 0.3),
+    "pix2pix": (60, 0.3),
+    "transunet": (60, 0.3),
+    "mae": (150, 0.5),
+    "latent": (240, 0.4),
+}
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -117,10 +124,10 @@ def test_every_weight_is_trained_by_some_step_in_bf16(name):
 def test_an_update_is_seen_within_the_same_autocast():
     """A generator's loss asks the discriminator as it is after its step."""
     layer, x = nn.Linear(4, 4), torch.ones(2, 4)
-    optimizer = rivals.adamw(layer, 0.1, (0.9, 0.99), 0.0)
+    optimizer = base.adamw(layer, 0.1, (0.9, 0.99), 0.0)
     with torch.autocast("cpu", BF16):
         before = layer(x)
-        rivals.update(optimizer, before.float().sum(), 0.1)
+        base.update(optimizer, before.float().sum(), 0.1)
         after = layer(x)
     torch.testing.assert_close(before - after, torch.full((2, 4), 0.5, dtype=BF16), atol=0.05, rtol=0)
 
@@ -159,6 +166,52 @@ def test_unet_l1_is_the_packages_own_training():
     torch.testing.assert_close(rival.net.state_dict(), expected.state_dict())
 
 
+def test_unets_that_are_averaged_have_their_parts_of_the_budget_one_after_the_other():
+    rival, (sources, target) = RIVALS["unet_mean"](2), images()
+    rival.plan(2.2 * unet.PASSES)
+    first, second = rival.nets
+    assert not torch.equal(first.translate(sources), second.translate(sources))
+    rival.begin(PLAIN)
+    heard, usable = [], []
+    for net in rival.nets:
+        net.step = lambda sources, target, share, step, net=net: heard.append((net is second, share, step))
+    for step in range(10):
+        rival.step(sources, target, step / 10, step)
+        usable.append(int(rival.usable))
+    torch.testing.assert_close(rival.translate(sources), first.translate(sources))  # the second is not ready yet
+    rival.end()
+    assert [who for who, *_ in heard] == [False] * 5 + [True] * 5
+    assert [at for *_, at in heard] == [*range(5)] * 2  # each with a warm-up of its own
+    np.testing.assert_allclose([share for _, share, _ in heard], [0, 0.2, 0.4, 0.6, 0.8] * 2, atol=1e-9)
+    assert usable == [1] * 10
+    torch.testing.assert_close(rival.translate(sources), (first.translate(sources) + second.translate(sources)) / 2)
+
+
+@pytest.mark.parametrize(("passes", "wanted"), [(1, 1), (89, 1), (91, 2), (180, 3), (1e6, unet.MOST)])
+def test_how_many_unets_a_budget_has_room_for(passes, wanted):
+    rival = RIVALS["unet_mean"](1)
+    rival.plan(passes)
+    assert len(rival.nets) == wanted
+
+
+def test_a_rival_that_plans_is_told_the_passes_before_it_is_trained():
+    told = []
+
+    class Planning(Counter):
+        plans = True
+
+        def plan(self, passes):
+            told.append(passes)
+
+    train(Planning(), steps=10)
+    assert told == [10 * PLAIN.batch_size / len(TRAINED_ON)]
+    now = [0.0]
+    with mock.patch.object(training, "time", SimpleNamespace(monotonic=lambda: now[0])):
+        trained = train(Planning(tick=lambda: now.__setitem__(0, now[0] + 2.0)), 20.0)
+    assert told[1] == 10 * PLAIN.batch_size / len(TRAINED_ON)
+    assert trained.steps == 10  # the trial's seconds are not the training's
+
+
 def test_pix2pix_losses_reach_one_network_each():
     rival = RIVALS["pix2pix"](2)
     sources, target = images()
@@ -194,7 +247,7 @@ def test_pix2pix_discriminator_learns_to_tell():
     made = torch.zeros_like(target)
     first = rival.discriminator_loss(sources, target, made).item()
     for _ in range(15):
-        rivals.update(rival.judging, rival.discriminator_loss(sources, target, made), 2e-4)
+        base.update(rival.judging, rival.discriminator_loss(sources, target, made), 2e-4)
     assert rival.discriminator_loss(sources, target, made).item() < 0.7 * first
     assert first == pytest.approx(math.log(2), rel=0.2)
 
@@ -360,7 +413,7 @@ def test_looks_do_not_cost_time():
 
     seen = []
     rival = Counter(tick=lambda: spend(1.0))
-    with mock.patch.object(rivals, "time", clock):
+    with mock.patch.object(training, "time", clock):
         trained = train(rival, 10.0, look=lambda r: seen.append(int(r.weight)) or spend(100.0), looks=5)
     assert rival.heard == [(n, n / 10) for n in range(10)]
     assert seen == [2, 4, 6, 8, 10]
@@ -370,7 +423,7 @@ def test_looks_do_not_cost_time():
 def test_a_long_step_ends_the_training_and_is_looked_at_once():
     now, seen = [0.0], []
     rival = Counter(tick=lambda: now.__setitem__(0, now[0] + 7.0))
-    with mock.patch.object(rivals, "time", SimpleNamespace(monotonic=lambda: now[0])):
+    with mock.patch.object(training, "time", SimpleNamespace(monotonic=lambda: now[0])):
         trained = train(rival, 10.0, look=lambda r: seen.append(int(r.weight)) or 0.0, looks=10)
     assert (trained.steps, trained.seconds, seen) == (2, 14.0, [1, 2])
 
@@ -391,6 +444,6 @@ def test_flops_are_those_of_three_forward_passes_but_the_images_gradient():
 
 def test_flops_of_both_kinds_of_steps_are_weighed_by_their_number():
     rival = RIVALS["mae"](1)
-    masked, whole = rivals.step_flops(rival, PLAIN, 1, SIZE, CPU)
+    masked, whole = training.step_flops(rival, PLAIN, 1, SIZE, CPU)
     assert masked < 0.6 * whole
     assert train(rival, steps=5).flops_step == pytest.approx(8 * (3 * masked + 2 * whole) / 5)

@@ -7,7 +7,7 @@ ARGUMENTS = ("-k", "not overfits and not every_option")
 LOSSES, METHOD, MODEL = "phmdiff_fast/losses.py", "phmdiff_fast/phmdiff.py", "phmdiff_fast/model.py"
 TRAINER, EMA, CONV = "phmdiff_fast/trainer.py", "phmdiff_fast/ema.py", "phmdiff_fast/conv_denoiser.py"
 AUGMENT, METRICS, ABLATE = "phmdiff_fast/augment.py", "phmdiff_fast/metrics.py", "phmdiff_fast/ablate.py"
-BENCH, TABLE, RIVALS = "benchmarks/quality.py", "benchmarks/quality_table.py", "benchmarks/rivals.py"
+BENCH, TABLE, RIVALS = "benchmarks/quality.py", "benchmarks/quality_table.py", "benchmarks/rivals"
 FAULTS = [
     (LOSSES, "c1, c2 = (0.01 * DATA_RANGE) ** 2, (0.03 * DATA_RANGE) ** 2", "c1 = c2 = (0.01 * DATA_RANGE) ** 2", "C2"),
     (LOSSES, "with torch.autocast(x.device.type, enabled=False):", "if True:", "SSIM in 16 bit"),
