@@ -97,7 +97,7 @@ def training_batch(
     rows : training rows of the cache; how : ``augment.manner`` of its channels
     """
     chosen = rows[batch_rows(len(rows), config.batch_size, seed=config.seed, step=step)]
-    batch = cache.batch(chosen)
+    batch = cache.batch(chosen, fine=True)
     sources, target = (torch.from_numpy(batch[name]).to(device) for name in ("sources", "target"))
     return augment(sources, target, torch.from_numpy(chosen).to(device), (config.seed, step), config, **how)
 

@@ -1,8 +1,8 @@
 """The slice cache on disk, subject by subject, and the stateless order in which its rows are visited.
 
-A folder of four files: ``slices.bin`` float32 (m, contrasts, S, S), raw intensities on the network grid;
-``foreground.bin`` uint8 (n, S, S); ``context.bin`` int32 (n, 2k+1), where in slices.bin a row's slice and
-its k neighbours on each side lie; ``index.json``, written last: without it there is no cache. The m
+A folder of four files: ``slices.bin`` float32 (m, contrasts, F, F), raw intensities on the network grid, F = S times
+``data.oversample``; ``foreground.bin`` uint8 (n, F, F); ``context.bin`` int32 (n, 2k+1), where in slices.bin a row's
+slice and its k neighbours on each side lie; ``index.json``, written last: without it there is no cache. The m
 slices are the n rows and those neighbours of theirs that are no rows.
 """
 
@@ -34,13 +34,14 @@ class SliceCache:
     """Slices of some subjects along the settings' axis, read from disk as they are asked for.
 
     ``contrasts``: the sources and then the target; ``subjects``: ids in the order of their rows;
-    ``image_size``: S; ``len(cache)``: number of slices. Processes forked from this one may read from it too.
+    ``image_size``: S; ``finer``: F / S; ``len(cache)``: number of slices. Processes forked from this one may read from it too.
     Raises PhmdiffError CACHE_CHANGED (exit 3) if its files are not those of the index.
     """
 
     def __init__(self, folder: Path, index: dict):
         size, names = index["settings"]["image_size"], index["contrasts"]
         self.folder, self.contrasts, self.image_size = Path(folder), list(names), size
+        self.finer = index["settings"]["oversample"]
         self.subjects = [entry["id"] for entry in index["subjects"]]
         self._rows = {entry["id"]: range(*entry["rows"]) for entry in index["subjects"]}
         self._scaling = {
@@ -80,22 +81,28 @@ class SliceCache:
         """Median over the subjects of the scaling's upper end: the 99.5 percentile, or the window's end in HU."""
         return float(np.median([self._scaling[subject][contrast].hi for subject in self.subjects]))
 
-    def batch(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def batch(self, rows: np.ndarray, *, fine: bool = False) -> dict[str, np.ndarray]:
         """Rows (B,) int64 -> ``sources`` (B, Cs*(2k+1), S, S), ordered as by ``stack_context``, and ``target``
         (B, 1, S, S), both float32, scaled by each scan's own scaling and clipped to [-1, 1], and
         ``foreground`` (B, 1, S, S) bool.
 
+        fine : as ``augment`` takes them, (B, ..., F, F); where that is finer than S, nothing is clipped, as their means
+        are what is.
+
         Raises PhmdiffError CACHE_CHANGED (exit 3) once a file of the cache is cut, deleted or replaced.
         """
         rows = np.asarray(rows, np.int64)
-        at, middle, size = self._context[rows], self._context.shape[1] // 2, self.image_size  # at: (B, 2k+1)
+        at, middle, size = self._context[rows], self._context.shape[1] // 2, self.image_size * self.finer
         foreground = np.empty((len(rows), 1, size, size), "u1")
         images = np.empty((*at.shape, len(self.contrasts), size, size), "<f4")
         self._foreground.read_rows((rows % self._count)[:, None], foreground)
-        self._slices.read_rows(at, images)
-        lo, gain = self._lo[rows], self._gain[rows]
-        sources = _scaled(images[:, :, :-1].swapaxes(1, 2), lo[:, :-1, None], gain[:, :-1, None])
-        target = _scaled(images[:, middle, -1:], lo[:, -1:], gain[:, -1:])
+        self._slices.read_rows(at, images)  # at: (B, 2k+1)
+        if self.finer > 1 and not fine:
+            images, foreground = _means(images, self.finer), _means(foreground, self.finer) >= 0.5
+            size = self.image_size
+        lo, gain, clip = self._lo[rows], self._gain[rows], self.finer == 1 or not fine
+        sources = _scaled(images[:, :, :-1].swapaxes(1, 2), lo[:, :-1, None], gain[:, :-1, None], clip)
+        target = _scaled(images[:, middle, -1:], lo[:, -1:], gain[:, -1:], clip)
         channels = sources.shape[1] * sources.shape[2]
         return {
             "sources": sources.reshape(len(rows), channels, size, size),
@@ -236,9 +243,10 @@ def _prepare(
         if not seen.get(files[name], before) == before == seen_now(files[name]):
             raise PhmdiffError("FILE_CHANGED", "has changed since it was checked", "start again once it is whole",
                                subject=subject_id, contrast=name, file=files[name])  # fmt: skip
-    plane = InPlane.of(subject.foreground.shape, data_config)
+    plane, finer = InPlane.of(subject.foreground.shape, data_config), data_config.oversample
     inside = plane.to_grid(subject.foreground, 0) >= 0.5
     kept = np.flatnonzero(inside.mean(axis=(1, 2)) >= data_config.min_foreground)
+    inside = plane.to_grid(subject.foreground, 0, finer) >= 0.5 if finer > 1 else inside
     around = neighbours(len(inside), data_config.context_slices)[kept]
     stored, near = np.unique(around, return_inverse=True)
     images = np.empty((len(stored), len(contrasts), *inside.shape[1:]), "<f4")
@@ -251,22 +259,28 @@ def _prepare(
             raise problem.located(subject=subject_id, contrast=name, file=files[name]) from None
         scaling[name] = [fitted.lo, fitted.hi]
         # The whole volume, as at synthesis: the same product gives the same bits.
-        images[:, channel] = plane.to_grid(image, fill_for(name, image, data_config.hu_window))[stored]
+        images[:, channel] = plane.to_grid(image, fill_for(name, image, data_config.hu_window), finer)[stored]
     entry = {"id": subject_id, "scaling": scaling, "files": facts}
     return entry, images, inside[kept].astype(np.uint8), near.reshape(around.shape)
 
 
-def _scaled(images: np.ndarray, lo: np.ndarray, gain: np.ndarray) -> np.ndarray:
+def _means(images: np.ndarray, finer: int) -> np.ndarray:
+    """(..., S finer, S finer) -> means over blocks (..., S, S) float32."""
+    blocks = images.reshape(*images.shape[:-2], images.shape[-2] // finer, finer, -1, finer)
+    return blocks.mean((-3, -1), dtype=np.float32)
+
+
+def _scaled(images: np.ndarray, lo: np.ndarray, gain: np.ndarray, clip: bool) -> np.ndarray:
     """Intensities -> [-1, 1], contiguous; as ``Scaling.forward``."""
     out = np.subtract(images, lo, out=np.empty(images.shape, np.float32))
     out *= gain
     out -= np.float32(1)
-    return np.clip(out, -1, 1, out=out)
+    return np.clip(out, -1, 1, out=out) if clip else out
 
 
 def _shapes(index: dict) -> dict[str, tuple[int, ...]]:
     """What the files of a cache hold: file name -> shape."""
-    size, rows = index["settings"]["image_size"], index["subjects"][-1]["rows"][1]
+    size, rows = index["settings"]["image_size"] * index["settings"]["oversample"], index["subjects"][-1]["rows"][1]
     return {
         SLICES: (index["stored"], len(index["contrasts"]), size, size),
         FOREGROUND: (rows, size, size),

@@ -47,6 +47,9 @@ class DataConfig(Settings):
     sources: list[Contrast] = Field(default_factory=lambda: ["t1"], min_length=1, max_length=64)
     target: Contrast = "t2"
     image_size: int = Field(64, ge=8, le=1024)  # in-plane, after crop or pad and area resampling
+    # Training slices are kept this many times finer along each side, moved there (rotate, zoom, shift, elastic) and then
+    # averaged down by area, as the scan itself was: moved at their own size they would be blurred.
+    oversample: int = Field(1, ge=1, le=8)
     crop: int | None = Field(None, ge=8)  # side in voxels of the centre crop; None: longer in-plane side
     axis: Literal["axial", "coronal", "sagittal"] = "axial"  # which slices; of the scan turned to RAS
     context_slices: int = Field(0, ge=0, le=8)  # neighbouring source slices on each side, as further channels
@@ -254,6 +257,8 @@ def _vit(depth, width, heads, decoder_depth, **more) -> dict[str, Any]:
     return {"model": model | more.pop("model", {}), **more}
 
 
+_SLIGHTLY_MOVED = {"rotate": 2.0, "zoom": 0.03, "elastic": 0.01, "shift": 0.005}
+
 # DESIGN section 4: name -> tables laid over the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
     # For minutes on a CPU at 64 x 64, and few people: the winners of the experiments in docs/LOG.md (2026-11-28).
@@ -262,8 +267,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         192,
         3,
         2,
+        data={"oversample": 2},
         model={"patch": 8, "stem_to_tokens": False, "head_kind": "pyramid", "members": 0},
-        train={"lr": 2e-3, "batch_size": 8, "mmd_weight": 0.0, "ssim_weight": 0.2},
+        train={"lr": 2e-3, "batch_size": 8, "mmd_weight": 0.0, "ssim_weight": 0.2} | _SLIGHTLY_MOVED,
         sample={"detail": 1.15},
     ),
     "s4": _vit(12, 384, 6, 4, train={"lr": 3e-4, "batch_size": 32}),

@@ -187,16 +187,19 @@ class InPlane:
         """Side of the square in voxels."""
         return max(self.crop or max(self.shape), self.image_size)
 
-    def to_grid(self, volume: np.ndarray, fill: float) -> np.ndarray:
-        """(X, Y, Z) -> (n, S, S) float32, n slices; ``fill`` is the value where the canvas leaves the scan."""
+    def to_grid(self, volume: np.ndarray, fill: float, finer: int = 1) -> np.ndarray:
+        """(X, Y, Z) -> (n, S, S) float32, n slices; ``fill`` is the value where the canvas leaves the scan.
+
+        finer : as many times finer, (n, S finer, S finer); the mean of each finer x finer block is what 1 gives
+        """
         planes = np.moveaxis(volume, self.axis, 0)
         self._check(planes.shape[1:], self.shape)
         slices = np.full((len(planes), self.canvas, self.canvas), fill, np.float32)
         (row_out, row_in), (column_out, column_in) = (self._overlap(n) for n in self.shape)
         slices[:, row_out, column_out] = planes[:, row_in, column_in]
-        if self.canvas == self.image_size:
+        if self.canvas == self.image_size * finer:
             return slices
-        return _resample(slices, area_matrix(self.canvas, self.image_size))
+        return _resample(slices, area_matrix(self.canvas, self.image_size * finer))
 
     def from_grid(self, slices: np.ndarray, fill: float) -> np.ndarray:
         """(n, S, S) -> (X, Y, Z) float32; ``fill`` is the value of voxels outside the canvas.

@@ -44,7 +44,7 @@ class _Batches(Dataset):
 
     def __getitem__(self, step: int) -> dict:
         try:
-            return self.cache.batch(self.rows_at(step))
+            return self.cache.batch(self.rows_at(step), fine=True)
         except PhmdiffError as problem:
             facts = dict(code=problem.code, what=problem.what, cure=problem.cure, file=problem.file,
                          exit_code=problem.exit_code)  # fmt: skip
@@ -98,7 +98,7 @@ class Loader:
         self._processes = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(sources (B, Cs, S, S), target (B, 1, S, S), foreground (B, 1, S, S) bool) of a step; images in [-1, 1]."""
+        """(sources (B, Cs, F, F), target (B, 1, F, F), foreground (B, 1, F, F) bool) of a step, as the cache has them."""
         if step != self._next:
             self._begin(step)  # after a step back
         if self._iterator is None:
@@ -160,7 +160,7 @@ class Resident:
     """All training slices in the memory of a device (``train.data_device``); batches are picked there.
 
     cache, rows : (n,) int64 of it that are trained on; rows_at : as of ``Loader``
-    Takes n (Cs + 1) S S floats and n S S bytes. Raises OUT_OF_MEMORY (exit 6) where they do not fit.
+    Takes n (Cs + 1) F F floats and n F F bytes. Raises OUT_OF_MEMORY (exit 6) where they do not fit.
     """
 
     def __init__(self, cache: SliceCache, rows: np.ndarray, rows_at, device: torch.device, *, progress: bool = False):
@@ -172,7 +172,7 @@ class Resident:
         n = len(self._rows)
         with bar(n, f"slices to {self._device.type}", self._progress) as meter:
             for at in range(0, n, RESIDENT_ROWS):
-                batch = self._cache.batch(self._rows[at : at + RESIDENT_ROWS])
+                batch = self._cache.batch(self._rows[at : at + RESIDENT_ROWS], fine=True)
                 parts = [torch.as_tensor(batch[name]) for name in NAMES]
                 try:
                     self._parts = self._parts or [p.new_empty(n, *p.shape[1:], device=self._device) for p in parts]

@@ -111,7 +111,7 @@ class Step:
         """
         *images, everybody, step = inputs
         count = len(images[0])
-        self.together.stage(masked, *images[0].shape[2:])
+        self.together.stage(masked, *(side // self.config.data.oversample for side in images[0].shape[2:]))
         self.optimizer.zero_grad(set_to_none=True)
         parts = []
         for at in range(0, count, micro):

@@ -53,6 +53,11 @@ def measure_complexity(cache: SliceCache, rows: np.ndarray, levels: int) -> list
     return level_complexity(torch.from_numpy(batch["target"]), torch.from_numpy(batch["foreground"]), levels)
 
 
+def _named(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """In the order that ``Step.inputs`` takes them."""
+    return [batch[name] for name in NAMES]
+
+
 class Trainer:
     """The state of a training, and its steps."""
 
@@ -142,7 +147,7 @@ class Trainer:
         model = PHMDiff(self.config.model, self.config.data.source_channels, 1, complexity, members=1)
         work = Step(wrap(model, Alone(), "ddp", self.device, self.dtype), self.config, self.device, self.dtype)
         ids = rows[np.arange(count) % len(rows)]
-        batch = [torch.from_numpy(cache.batch(ids)[name]) for name in NAMES]
+        batch = [torch.from_numpy(part) for part in _named(cache.batch(ids, fine=True))]
         took = {}
         for masked in (True, False):
             each = []
@@ -280,7 +285,7 @@ class Trainer:
         everybody, mine = shares.ravel(), shares[ranks.rank]
         wrong = np.zeros(len(everybody))
         for i in range(len(mine)):
-            batch = [torch.from_numpy(self.cache.batch(mine[i : i + 1])[name]) for name in NAMES]
+            batch = [torch.from_numpy(part) for part in _named(self.cache.batch(mine[i : i + 1], fine=True))]
             with torch.no_grad():
                 inputs = self.work.inputs(batch, shares[:, i : i + 1], step)
                 finite = math.isfinite(float(self.work.loss(*inputs, masked, alone=True).total))

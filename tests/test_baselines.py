@@ -21,7 +21,7 @@ class Pixels:
         self.sources = rng.uniform(-1, 1, (40, channels, 16, 16)).astype(np.float32)
         self.target = function(self.sources[:, :1])
 
-    def batch(self, rows):
+    def batch(self, rows, *, fine=False):
         return {"sources": self.sources[rows], "target": self.target[rows]}
 
 

@@ -93,6 +93,27 @@ def test_a_batch_is_the_scaled_volume_on_the_network_grid(cache, cohort):
         assert np.array_equal(batch["foreground"][at, 0], inside)
 
 
+@pytest.mark.parametrize("context", [0, 1])
+def test_a_finer_cache_holds_what_the_plain_one_is_the_mean_of(cohort, tmp_path, context):
+    plain, fine = (DataConfig(image_size=8, context_slices=context, oversample=n) for n in (1, 3))
+    one = SliceCache.build(tmp_path / "one", cohort, SUBJECTS, plain)
+    three = SliceCache.build(tmp_path / "three", cohort, SUBJECTS, fine)
+    rows = np.arange(len(one))[::-2]
+    assert len(three) == len(one)
+    expected, made, stored = one.batch(rows), three.batch(rows), three.batch(rows, fine=True)
+    assert {name: part.shape for name, part in made.items()} == {name: part.shape for name, part in expected.items()}
+    for name in ("sources", "target"):
+        np.testing.assert_allclose(made[name], expected[name], atol=1e-5)
+        assert stored[name].shape[2:] == (24, 24)
+        means = stored[name].reshape(*stored[name].shape[:2], 8, 3, 8, 3).mean((3, 5))
+        np.testing.assert_allclose(means.clip(-1, 1), expected[name], atol=1e-5)
+        assert stored[name].min() < -1  # not clipped: the mean is
+    assert stored["foreground"].shape[2:] == (24, 24)
+    assert (made["foreground"] == expected["foreground"]).mean() > 0.95
+    assert np.array_equal(one.batch(rows, fine=True)["target"], expected["target"])  # the same where nothing is finer
+    assert "oversample" in refused(SliceCache.open, tmp_path / "one", cohort, SUBJECTS, fine).what
+
+
 def test_several_sources_come_in_order(cohort, tmp_path):
     config = DataConfig(sources=["flair", "t1"], target="t2", image_size=8)
     cache = SliceCache.build(tmp_path / "cache", cohort, SUBJECTS, config)

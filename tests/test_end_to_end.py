@@ -48,6 +48,21 @@ def test_the_run_folder_holds_all_that_is_needed(trained):
     assert (trained / "pictures" / "step-00000006.png").stat().st_size > 1000
 
 
+def test_slices_kept_finer_train_the_same_where_nothing_is_moved(tiny_cohort, tmp_path):
+    """data.oversample is about where slices are moved: without that the losses are the same, held-out figure and all."""
+    losses = {}
+    still = ["train.rotate=0", "train.zoom=0", "train.elastic=0", "train.shift=0", "train.finetune_share=0.5"]
+    for finer in (1, 2):
+        out = tmp_path / str(finer)
+        assert cli("train", tiny_cohort, "--source", "t1", "--target", "t2", "--out", out, "--steps", 4, "--image-size",
+                   24, "--quiet", *TINY, "--set", f"data.oversample={finer}",
+                   *(part for item in still for part in ("--set", item))) == 0  # fmt: skip
+        records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses[finer] = [r[name] for r in records for name in ("loss", "val_psnr") if name in r]
+    assert len(losses[1]) >= 2
+    assert losses[2] == pytest.approx(losses[1], rel=1e-3)
+
+
 def test_train_resume_sample_evaluate(trained, tiny_cohort, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(trained, run)

@@ -188,6 +188,16 @@ def test_area_weights_by_hand():
     np.testing.assert_allclose(area_matrix(5, 3), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(13, 16, 4), (9, 7, 4), (40, 33, 4), (16, 16, 4)])
+def test_blocks_of_a_finer_grid_have_the_plain_one_s_means(shape):
+    """Also where the scan is coarser than the finer grid, and where it is padded to the plain one."""
+    plane = InPlane.of(shape, DataConfig(image_size=8))
+    volume = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    fine = plane.to_grid(volume, -1.0, 3)
+    assert fine.shape == (4, 24, 24)
+    np.testing.assert_allclose(fine.reshape(4, 8, 3, 8, 3).mean((2, 4)), plane.to_grid(volume, -1.0), atol=1e-5)
+
+
 def test_bilinear_weights_by_hand():
     expected = [[1, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]]
     np.testing.assert_allclose(bilinear_matrix(2, 4), expected, rtol=1e-7)

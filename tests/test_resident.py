@@ -20,7 +20,7 @@ class Numbers:
     def __init__(self):
         self.read = 0
 
-    def batch(self, rows):
+    def batch(self, rows, *, fine=False):
         self.read += len(rows)
         images = np.broadcast_to(np.asarray(rows, np.float32)[:, None, None, None], (len(rows), 2, 3, 3)).copy()
         return {"sources": images, "target": -images[:, :1], "foreground": images[:, :1] > 8}

@@ -36,7 +36,7 @@ class Fields:
         target = -0.9 * F.avg_pool2d(sources, 5, stride=1, padding=2, count_include_pad=False)
         self.sources, self.target = sources.numpy(), target.numpy()
 
-    def batch(self, rows):
+    def batch(self, rows, *, fine=False):
         return {"sources": self.sources[rows], "target": self.target[rows]}
 
 

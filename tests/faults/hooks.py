@@ -164,8 +164,8 @@ def poison(row: str) -> None:
     """NaN in one slice of the cache, once the training has been set up."""
     real, bad, resume = cache.SliceCache.batch, int(row), trainer.Trainer.resume
 
-    def batch(self, rows):
-        made = real(self, rows)
+    def batch(self, rows, *, fine=False):
+        made = real(self, rows, fine=fine)
         made["target"][np.asarray(rows) == bad] = np.nan
         return made
 

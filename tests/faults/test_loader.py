@@ -17,7 +17,7 @@ from phmdiff_fast.loader import Loader
 class Numbers:
     """A cache whose slices are their numbers."""
 
-    def batch(self, rows):
+    def batch(self, rows, *, fine=False):
         images = np.broadcast_to(np.asarray(rows, np.float32)[:, None, None, None], (len(rows), 1, 2, 2)).copy()
         return {"sources": images, "target": -images, "foreground": images > 0}
 
