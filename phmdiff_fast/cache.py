@@ -34,7 +34,8 @@ class SliceCache:
     """Slices of some subjects along the settings' axis, read from disk as they are asked for.
 
     ``contrasts``: the sources and then the target; ``subjects``: ids in the order of their rows;
-    ``image_size``: S; ``finer``: F / S; ``len(cache)``: number of slices. Processes forked from this one may read from it too.
+    ``image_size``: S; ``finer``: F / S; ``len(cache)``: number of slices. Processes forked from this one may read
+    from it too.
     Raises PhmdiffError CACHE_CHANGED (exit 3) if its files are not those of the index.
     """
 

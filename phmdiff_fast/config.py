@@ -47,8 +47,8 @@ class DataConfig(Settings):
     sources: list[Contrast] = Field(default_factory=lambda: ["t1"], min_length=1, max_length=64)
     target: Contrast = "t2"
     image_size: int = Field(64, ge=8, le=1024)  # in-plane, after crop or pad and area resampling
-    # Training slices are kept this many times finer along each side, moved there (rotate, zoom, shift, elastic) and then
-    # averaged down by area, as the scan itself was: moved at their own size they would be blurred.
+    # Training slices are kept this many times finer along each side, moved there (rotate, zoom, shift, elastic) and
+    # then averaged down by area, as the scan itself was: moved at their own size they would be blurred.
     oversample: int = Field(1, ge=1, le=8)
     crop: int | None = Field(None, ge=8)  # side in voxels of the centre crop; None: longer in-plane side
     axis: Literal["axial", "coronal", "sagittal"] = "axial"  # which slices; of the scan turned to RAS

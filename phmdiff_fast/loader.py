@@ -98,7 +98,7 @@ class Loader:
         self._processes = sorted(set(multiprocessing.active_children()) - before, key=lambda p: p.pid)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(sources (B, Cs, F, F), target (B, 1, F, F), foreground (B, 1, F, F) bool) of a step, as the cache has them."""
+        """(sources (B, Cs, F, F), target (B, 1, F, F), foreground (B, 1, F, F) bool) of a step, as in the cache."""
         if step != self._next:
             self._begin(step)  # after a step back
         if self._iterator is None:

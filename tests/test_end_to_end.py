@@ -49,7 +49,7 @@ def test_the_run_folder_holds_all_that_is_needed(trained):
 
 
 def test_slices_kept_finer_train_the_same_where_nothing_is_moved(tiny_cohort, tmp_path):
-    """data.oversample is about where slices are moved: without that the losses are the same, held-out figure and all."""
+    """data.oversample is about where slices are moved: without that the losses and the held-out figure are the same."""
     losses = {}
     still = ["train.rotate=0", "train.zoom=0", "train.elastic=0", "train.shift=0", "train.finetune_share=0.5"]
     for finer in (1, 2):
