@@ -160,7 +160,9 @@ class Bench:
         }  # fmt: skip
         made = self._model(row, job, config) if row.ours else self._rival(job, config, val, cache, rows)
         for how, function, more in made:
-            yield {**facts, **more, "sampling": how, "people": scored(test, function)}
+            # The validation person's figures too: a choice between rows is made by those.
+            yield {**facts, **more, "sampling": how, "people": scored(test, function),
+                   "validation": scored(val, function)}  # fmt: skip
 
     def machine(self, config: Config) -> dict:
         on_gpu = self.device.type == "cuda"

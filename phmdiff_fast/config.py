@@ -80,7 +80,7 @@ class ModelConfig(Settings):
     denoiser: Literal["transformer", "convolutions"] = "transformer"
     # Networks of their own, trained one after the other, each for an equal share of the budget; their estimates are
     # averaged (deep ensemble, Lakshminarayanan et al. 2017): what is learnt of few people by one alone cancels out.
-    # 0: as many as the budget has room for, each some 30 passes over the training slices (``trainer.members_for``).
+    # 0: as many as the budget has room for, each some 90 passes over the training slices (``trainer.members_for``).
     members: int = Field(1, ge=0, le=MOST_MEMBERS)
     depth: int = Field(6, ge=1, le=256)
     width: int = Field(192, ge=16, le=16384)

@@ -29,7 +29,7 @@ from .progress import say
 from .run_folder import Log, Status, begin, open_cache, read_facts, read_split
 from .step import Step
 
-PASSES = 30  # over the training slices, after which a member learns its people by heart
+PASSES = 90  # over the training slices, after which a member learns its people by heart (docs/LOG.md)
 MOST_AUTOMATIC = 8
 UNTIMED, TIMED = 4, 5  # steps, of each stage
 LATER_WARMUP = 0.01  # of a member's own part of the budget, where it is not the first: nobody keeps its first step

@@ -541,13 +541,13 @@ def test_d19_a_cache_that_changes_while_a_training_reads_it(
     """A mapped file would end the process with SIGBUS, or give zeros."""
     run, batch, calls = tmp_path / "run", SliceCache.batch, []
 
-    def later(cache, rows):
+    def later(cache, rows, **how):
         if len(rows) == 4:  # a batch of the training
             calls.append(rows)
         if len(calls) == 3:
             with contextlib.suppress(FileNotFoundError):  # another worker was there first
                 change(cache.folder / name)
-        return batch(cache, rows)
+        return batch(cache, rows, **how)
 
     monkeypatch.setattr(SliceCache, "batch", later)
     start = time.monotonic()
