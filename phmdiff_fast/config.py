@@ -257,7 +257,7 @@ def _vit(depth, width, heads, decoder_depth, **more) -> dict[str, Any]:
     return {"model": model | more.pop("model", {}), **more}
 
 
-_SLIGHTLY_MOVED = {"rotate": 2.0, "zoom": 0.03, "elastic": 0.01, "shift": 0.005}
+_VARIED = {"rotate": 2.0, "zoom": 0.03, "elastic": 0.01, "shift": 0.005, "tone": 0.3}
 
 # DESIGN section 4: name -> tables laid over the defaults.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -269,7 +269,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         2,
         data={"oversample": 2},
         model={"patch": 8, "stem_to_tokens": False, "head_kind": "pyramid", "members": 0},
-        train={"lr": 2e-3, "batch_size": 8, "mmd_weight": 0.0, "ssim_weight": 0.2} | _SLIGHTLY_MOVED,
+        train={"lr": 2e-3, "batch_size": 8, "mmd_weight": 0.0, "ssim_weight": 0.2} | _VARIED,
         sample={"detail": 1.15},
     ),
     "s4": _vit(12, 384, 6, 4, train={"lr": 3e-4, "batch_size": 32}),
