@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.rivals import RIVALS, base, rival_predict, train_rival, training, unet
+from benchmarks.rivals import RIVALS, base, rival_predict, train_rival, training
 from benchmarks.rivals.base import Rival, count
 from phmdiff_fast import baselines
 from phmdiff_fast.baselines import UNet, train_unet
 from phmdiff_fast.config import DataConfig, TrainConfig
 from phmdiff_fast.device import autocast
+from phmdiff_fast.trainer import PASSES
 
 CPU, F32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 SIZE, TRAINED_ON = 16, np.arange(40)
@@ -168,7 +169,7 @@ def test_unet_l1_is_the_packages_own_training():
 
 def test_unets_that_are_averaged_have_their_parts_of_the_budget_one_after_the_other():
     rival, (sources, target) = RIVALS["unet_mean"](2), images()
-    rival.plan(2.2 * unet.PASSES)
+    rival.plan(2.2 * PASSES)
     first, second = rival.nets
     assert not torch.equal(first.translate(sources), second.translate(sources))
     rival.begin(PLAIN)
@@ -187,10 +188,10 @@ def test_unets_that_are_averaged_have_their_parts_of_the_budget_one_after_the_ot
     torch.testing.assert_close(rival.translate(sources), (first.translate(sources) + second.translate(sources)) / 2)
 
 
-@pytest.mark.parametrize(("passes", "wanted"), [(1, 1), (89, 1), (91, 2), (180, 3), (1e6, unet.MOST)])
+@pytest.mark.parametrize(("passes", "wanted"), [(0.1, 1), (1.4, 1), (1.6, 2), (3, 3), (1e6, 8)])
 def test_how_many_unets_a_budget_has_room_for(passes, wanted):
     rival = RIVALS["unet_mean"](1)
-    rival.plan(passes)
+    rival.plan(passes * PASSES)
     assert len(rival.nets) == wanted
 
 

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from benchmarks.rivals.base import Regressor, Rival, adamw, count, laid_out, rate, update
 from phmdiff_fast.baselines import UNet
 from phmdiff_fast.config import TrainConfig
-
-# Over the training slices, for each U-Net of several: alone, its best look on the validation person came after 68.
-PASSES, MOST = 60, 8
+from phmdiff_fast.trainer import members_for
 
 
 class UNetL1(Regressor):
@@ -27,7 +25,7 @@ class UNetL1(Regressor):
 class UNetMean(Rival):
     """U-Nets like ``unet_l1``, each trained for an equal part of the time; the mean of their images.
 
-    To the U-Net what ``members`` are to our own model, so that averaging alone is nobody's lead.
+    To the U-Net what ``members`` are to our own model, as many by the same rule, so that averaging alone is nobody's lead.
     """
 
     name = "unet_mean"
@@ -40,9 +38,8 @@ class UNetMean(Rival):
         self.register_buffer("usable", torch.ones((), dtype=torch.int64))  # of the nets: those that are trained
 
     def plan(self, passes: float) -> None:
-        wanted = max(1, min(round(passes / PASSES), MOST))
         device = self.usable.device
-        self.nets.extend(UNetL1(self.channels).to(device) for _ in range(wanted - len(self.nets)))
+        self.nets.extend(UNetL1(self.channels).to(device) for _ in range(members_for(passes) - len(self.nets)))
 
     def begin(self, config: TrainConfig) -> None:
         self.active = self.before = 0
