@@ -25,7 +25,7 @@ class UNetL1(Regressor):
 class UNetMean(Rival):
     """U-Nets like ``unet_l1``, each trained for an equal part of the time; the mean of their images.
 
-    To the U-Net what ``members`` are to our own model, as many by the same rule, so that averaging alone is nobody's lead.
+    To the U-Net what ``members`` are to our own model, as many by the same rule: averaging alone is nobody's lead.
     """
 
     name = "unet_mean"
