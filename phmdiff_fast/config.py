@@ -269,7 +269,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         2,
         data={"oversample": 2},
         model={"patch": 8, "stem_to_tokens": False, "head_kind": "pyramid", "members": 0},
-        train={"lr": 2e-3, "batch_size": 8, "mmd_weight": 0.0, "ssim_weight": 0.2} | _VARIED,
+        train={"lr": 2e-3, "batch_size": 8, "mmd_weight": 0.0, "ssim_weight": 0.2, "finetune_share": 0.7} | _VARIED,
         sample={"detail": 1.15},
     ),
     "s4": _vit(12, 384, 6, 4, train={"lr": 3e-4, "batch_size": 32}),
