@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import harness, peers
@@ -136,7 +137,8 @@ class OurStep(Timed):
     def __init__(self, model: nn.Module, config: Config, shape: Shape, device: torch.device, dtype, masked: bool):
         self.work = Step(Single(model, Alone()), config, device, dtype)
         self.model, self.optimizer, self.ema = model, self.work.optimizer, self.work.ema
-        target, sources = shape.batch_on(device)
+        finer = config.data.oversample  # the augmentation averages down what the cache has finer
+        target, sources = (F.interpolate(images, scale_factor=finer) for images in shape.batch_on(device))
         self.batch = [sources, target, torch.ones_like(target[:, :1], dtype=torch.bool)]
         self.rows = np.arange(shape.batch)[None]  # (1, B): one process
         self.lr, self.masked, self.micro = config.train.lr, masked, shape.batch

@@ -20,6 +20,7 @@ from phmdiff_fast.step import Step, compile_blocks, wants
 CPU = torch.device("cpu")
 MODEL = {"depth": 2, "width": 32, "heads": 2, "decoder_depth": 1, "decoder_width": 16, "decoder_heads": 2, "patch": 4,
          "stem_width": 8, "head_width": 8}  # fmt: skip
+FINE = 32 * build_config("xs").data.oversample
 KINDS = {
     "predicted": {},
     "teacher": {"coarse": "teacher"},
@@ -55,9 +56,10 @@ def without_values(made_by, device) -> PHMDiff:
 
 
 def batch(device=CPU, images: int = 4) -> list[torch.Tensor]:
+    """As the cache gives it: finer than the images of 32 x 32 that the model sees."""
     drawn = torch.Generator().manual_seed(1)
-    sources, target = torch.rand(2, images, 1, 32, 32, generator=drawn) * 2 - 1
-    parts = [sources, target, torch.rand(images, 1, 32, 32, generator=drawn) < 0.7, torch.arange(images)[None]]
+    sources, target = torch.rand(2, images, 1, FINE, FINE, generator=drawn) * 2 - 1
+    parts = [sources, target, torch.rand(images, 1, FINE, FINE, generator=drawn) < 0.7, torch.arange(images)[None]]
     return [part.to(device) for part in parts]
 
 
@@ -79,8 +81,8 @@ def test_nothing_in_a_step_is_read_back(where, kind, masked):
         model = without_values(lambda: PHMDiff(config.model, 1), device)
         packing_of.cache_clear()
         step = Step(Single(model, Alone()), config, device, torch.bfloat16)
-        images = [torch.rand(4, 1, 32, 32, device=device) for _ in range(2)]
-        inside = torch.ones(4, 1, 32, 32, dtype=torch.bool, device=device)
+        images = [torch.rand(4, 1, FINE, FINE, device=device) for _ in range(2)]
+        inside = torch.ones(4, 1, FINE, FINE, dtype=torch.bool, device=device)
         number = torch.zeros((), dtype=torch.int64, device=device)
         inputs = [*images, inside, torch.arange(4, device=device)[None], number]
         terms = step.gradients(inputs, masked, micro=2)
