@@ -17,7 +17,7 @@ from .files import whole_file, write_json
 from .generate import load
 from .progress import say
 from .report import format_table, markdown_table
-from .run_folder import read_split
+from .run_folder import read_facts, read_split
 from .train import train
 
 MMD_WEIGHT = 0.05  # of the full model, where the settings leave the cross-granularity loss out
@@ -109,7 +109,7 @@ def ablate(
     for number, (row, settings) in enumerate(configs.items(), 1):
         say(f"{number}/{len(configs)} {TITLES[row]}")
         if number > 1:  # a row whose steps are cheaper has no more members for it: one component is taken away, no two
-            settings = _with_members(settings, load(out / rows[0]).facts["members"])
+            settings = _with_members(settings, read_facts(out / rows[0], configs[rows[0]])["members"])
         train(data_path, out / row, settings, split_file=split_file, fold=fold, progress=progress)
         if split_file is None and fold is None:  # drawn for the first row, the same for all
             split_file = out / row / "split.json"

@@ -53,9 +53,10 @@ def measure_complexity(cache: SliceCache, rows: np.ndarray, levels: int) -> list
     return level_complexity(torch.from_numpy(batch["target"]), torch.from_numpy(batch["foreground"]), levels)
 
 
-def _named(batch: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """In the order that ``Step.inputs`` takes them."""
-    return [batch[name] for name in NAMES]
+def batch_of(cache: SliceCache, rows: np.ndarray) -> list[torch.Tensor]:
+    """What ``Step.inputs`` takes of cache rows (B,) int64, in its order."""
+    batch = cache.batch(rows, fine=True)
+    return [torch.from_numpy(batch[name]) for name in NAMES]
 
 
 class Trainer:
@@ -147,7 +148,7 @@ class Trainer:
         model = PHMDiff(self.config.model, self.config.data.source_channels, 1, complexity, members=1)
         work = Step(wrap(model, Alone(), "ddp", self.device, self.dtype), self.config, self.device, self.dtype)
         ids = rows[np.arange(count) % len(rows)]
-        batch = [torch.from_numpy(part) for part in _named(cache.batch(ids, fine=True))]
+        batch = batch_of(cache, ids)
         took = {}
         for masked in (True, False):
             each = []
@@ -285,7 +286,7 @@ class Trainer:
         everybody, mine = shares.ravel(), shares[ranks.rank]
         wrong = np.zeros(len(everybody))
         for i in range(len(mine)):
-            batch = [torch.from_numpy(part) for part in _named(self.cache.batch(mine[i : i + 1], fine=True))]
+            batch = batch_of(self.cache, mine[i : i + 1])
             with torch.no_grad():
                 inputs = self.work.inputs(batch, shares[:, i : i + 1], step)
                 finite = math.isfinite(float(self.work.loss(*inputs, masked, alone=True).total))

@@ -112,6 +112,16 @@ def test_unused_parameters_are_those_without_a_gradient(kind, masked):
     assert {id(p) for p in step.model.parameters() if p.grad is None} == idle(step, masked)
 
 
+@pytest.mark.parametrize("finer", [1, 2])
+def test_the_stage_is_told_the_size_the_model_sees(finer):
+    """Several processes agree beforehand on what no gradient reaches, and that depends on the size."""
+    step = made()
+    step.config.data.oversample, told = finer, []
+    step.together.stage = lambda *what: told.append(what)
+    step.gradients([*batch(), 0], True, micro=4)
+    assert told == [(True, FINE // finer, FINE // finer)]
+
+
 def test_a_level_too_small_to_mask_leaves_its_fill_unused():
     levels = [{"mask_ratio": 0.75}, {"mask_ratio": 0.5}, {"mask_ratio": 0.2}]
     step = made({"patch": 8, "levels": levels, "complexity_gain": 0.0})  # level 2 has one token, and keeps it

@@ -60,7 +60,8 @@ FAULTS = [
     (UNET, "self.nets[: int(self.usable)]", "self.nets", "U-Nets that are not trained count"),
     (RIVAL_TRAINING, "        rival.end()\n", "", "the last U-Net does not count"),
     (RIVAL_TRAINING, "count * config.batch_size / len(rows)", "count / len(rows)", "passes of single slices"),
-    (ABLATE, 'load(out / rows[0]).facts["members"]', 'settings.model.members', "members follow a row's speed"),
+    (ABLATE, 'read_facts(out / rows[0], configs[rows[0]])["members"]', "settings.model.members",
+     "members follow a row's speed"),
     (TABLE, "apart.std(ddof=1) / math.sqrt(count)", "apart.std(ddof=1)", "the interval of a person"),
     (TABLE, "stats.t.ppf(0.975, count - 1)", "stats.norm.ppf(0.975)", "a normal interval for three people"),
 ]  # fmt: skip
