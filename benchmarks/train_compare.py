@@ -75,7 +75,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product: measured before on known GPUs, else now."""
     if device.type == "cuda":
         return harness.ceiling(device)[1]
-    m = torch.ones(2048, 2048, dtype=dtype)
+    m = torch.randn(2048, 2048).to(dtype)
     return 2 * 2048**3 / min(harness.seconds(lambda: torch.mm(m, m), device) for _ in range(5))
 
 
