@@ -315,19 +315,43 @@ def plan(call: Callable[[], object], device: torch.device, *, flush: bool, budge
 
 
 def graphed(case: Case, variant: str, way: str, inputs: Inputs, function=None) -> Callable[[], object]:
-    """The call captured as a CUDA graph. Autograd runs a backward on the stream of its forward, so
-    both go to the stream that is captured."""
+    """The call captured as a CUDA graph. Autograd runs a backward on the stream of its forward, and ends it on the
+    stream its leaves were made on, so all are made anew on the stream that is captured.
+
+    Raises RuntimeError for a call that cannot be captured, one that waits for the device before it is tried.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call = prepare(case, variant, way, inputs, function)
+        own = {name: t if t is None else t.detach().requires_grad_(t.requires_grad) for name, t in inputs.items()}
+        call = prepare(case, variant, way, own, function)
         for _ in range(3):
             call()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        kept = call()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            kept = call()
+    except RuntimeError:
+        _end_capture(graph)
+        raise
     return lambda: (graph.replay(), kept)[0]
+
+
+def _end_capture(graph: torch.cuda.CUDAGraph) -> None:
+    """After a capture that failed: torch (2.11) would leave the allocator and the random generator in it, and every
+    later benchmark of the process would run out of memory."""
+    device = torch.cuda.current_device()
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch._C._cuda_endAllocateToPool(device, graph.pool())
+        torch._C._cuda_releasePool(device, graph.pool())
+    with contextlib.suppress(RuntimeError, AttributeError):
+        torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator(f"cuda:{device}"))
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:

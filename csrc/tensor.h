@@ -16,9 +16,9 @@
 #include "cpu/dispatch.h"
 
 #if defined(PHM_WITH_CUDA)
+#include <dlfcn.h>
+
 #include "cuda/kernels.h"
-// In libtorch_cuda alone; weak, so that an extension with CUDA kernels loads beside a CPU-only torch too.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace phmdiff {
@@ -95,10 +95,22 @@ void in_parallel(int64_t units, int64_t work_per_unit, const F& f) {
 }
 
 #if defined(PHM_WITH_CUDA)
+// It is in libtorch_cuda alone, which a CPU-only torch lacks and which Python loads out of the linker's sight: so it is
+// neither linked to nor a weak symbol, but looked up in the library that is loaded.
+inline auto stream_getter() {
+  using Getter = AOTITorchError (*)(int32_t device, void** stream);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Getter>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
+  return getter;
+}
+
 inline cudaStream_t current_stream(const char* op, const Tensor& x) {
-  require(aoti_torch_get_current_cuda_stream != nullptr, op, "this torch has no CUDA");
+  const auto getter = stream_getter();
+  require(getter != nullptr, op, "this torch has no CUDA");
   void* stream = nullptr;
-  require(aoti_torch_get_current_cuda_stream(x.get_device(), &stream) == 0, op, "torch gave no CUDA stream");
+  require(getter(x.get_device(), &stream) == 0, op, "torch gave no CUDA stream");
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -6,7 +6,9 @@ waste nothing. A program works inside one sample, keeps that sample's vectors in
 steps through one part of its rows. A sample of n rows has max(1, n // chunk) parts of (nearly)
 equal length, dense or packed: that depends on nothing outside the sample, so neither do the
 bits of the sums. A step takes ROWS rows, each cut into pieces of TILE columns: values (pieces, rows,
-columns of a piece), so that a row lies in one warp or few and its sums need no barrier or few.
+columns of a piece), so that a row lies in one warp or few and its sums need no barrier or few. That
+takes warps along the rows; before Triton 3.7 they go along the first axis instead, and with pieces
+there every sum crosses the warps (six times slower on an H200): values are then (rows, pieces, columns).
 
 Shapes: B samples (S packed), N rows a sample (T packed, all samples together), D width.
 """
@@ -24,6 +26,8 @@ from ._tl import narrow
 BACKWARD_CHUNK = 64  # rows: each moves 6 D bytes or more, each sum of a part 8 D: a surplus of 4 % at most
 SEARCH = (128, 1024)  # samples of a pack looked at together: where there are no more than that, where there are
 FORWARD_STEPS = 4  # a forward part is at most this many steps: its vectors are read once for all of them
+PIECES, ROW = (0, 1) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else (1, 0)  # axes
+PIECE_AXIS, ROW_AXIS = tl.constexpr(PIECES), tl.constexpr(ROW)
 # Row lengths count up to 2^31 and change with the mask ratio; none of these is worth a compilation.
 _dynamic = triton.jit(do_not_specialize=["tokens", "samples", "chunk"])
 
@@ -79,8 +83,27 @@ def _part(program, cu, tokens, samples, chunk, SEARCH: tl.constexpr):
 
 
 @triton.jit
+def _row_wise(v):
+    """(rows,) to where it broadcasts over values."""
+    return v[None, :, None] if ROW_AXIS == 1 else v[:, None, None]
+
+
+@triton.jit
+def _piece_wise(v):
+    """(pieces, columns of a piece) to where it broadcasts over values."""
+    return v[:, None, :] if PIECE_AXIS == 0 else v[None, :, :]
+
+
+@triton.jit
+def _nothing(cols, ROWS: tl.constexpr):
+    """Zeros for sums of ROWS rows of these columns."""
+    NUMBER: tl.constexpr = cols.shape[PIECE_AXIS]
+    return tl.zeros((NUMBER, ROWS, cols.shape[2]) if PIECE_AXIS == 0 else (ROWS, NUMBER, cols.shape[2]), tl.float32)
+
+
+@triton.jit
 def _vector(ptr, sample, stride, cols, D: tl.constexpr):
-    """Part of a sample's vector (1, cols) in float32."""
+    """Part of a sample's vector, at ``cols``, in float32."""
     return tl.load(ptr + sample * stride + cols, mask=cols < D, other=0).to(tl.float32)
 
 
@@ -92,7 +115,7 @@ def _seek(ptr, sample, row, sample_stride, row_stride):
 
 @triton.jit
 def _offsets(rows, stride, cols, LANE: tl.constexpr):
-    """Offsets (pieces, rows, cols), LANE neighbours to a thread: left to itself the compiler gives 16 bytes, which
+    """Offsets of values, LANE neighbours to a thread: left to itself the compiler gives 16 bytes, which
     are 4 float32 but 8 bfloat16, and carries mixed types from thread to thread through shared memory."""
     NEIGHBOURS: tl.constexpr = LANE if cols.shape[2] > LANE else cols.shape[2]
     return tl.max_contiguous(rows * stride + cols, [1, 1, NEIGHBOURS])
@@ -100,7 +123,7 @@ def _offsets(rows, stride, cols, LANE: tl.constexpr):
 
 @triton.jit
 def _tokens(ptr, rows, stride, cols, live, LANE: tl.constexpr):
-    """Values (pieces, rows, cols) in float32; 0 where not live."""
+    """Values in float32; 0 where not live."""
     return tl.load(ptr + _offsets(rows, stride, cols, LANE), mask=live, other=0).to(tl.float32)
 
 
@@ -111,23 +134,23 @@ def _put(ptr, rows, stride, cols, value, live, LANE: tl.constexpr):
 
 @triton.jit
 def _across(head, tail, TAIL: tl.constexpr):
-    """Sums over the columns of head and tail (pieces, rows, columns of a piece), as (1, rows, 1)."""
-    sums = tl.sum(head, 0)  # pieces lie in one thread: only what is left goes from lane to lane
+    """Sums over the columns of head and tail, where they broadcast over values."""
+    sums = tl.sum(head, PIECE_AXIS)  # pieces lie in one thread: only what is left goes from lane to lane
     if TAIL == 0:
         sums = tl.sum(sums, 1)
     elif tail.shape[2] == head.shape[2]:
-        sums = tl.sum(sums + tl.sum(tail, 0), 1)
+        sums = tl.sum(sums + tl.sum(tail, PIECE_AXIS), 1)
     else:
-        sums = tl.sum(sums, 1) + tl.sum(tl.sum(tail, 0), 1)
-    return sums[None, :, None]
+        sums = tl.sum(sums, 1) + tl.sum(tl.sum(tail, PIECE_AXIS), 1)
+    return _row_wise(sums)
 
 
 @triton.jit
 def _columns(FIRST: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr):
-    """Columns FIRST .. FIRST + SIZE in pieces of at most TILE (pieces, 1, columns of a piece); at least one."""
+    """Columns FIRST .. FIRST + SIZE in pieces of at most TILE, where they broadcast over values; at least one."""
     WHOLE: tl.constexpr = SIZE if SIZE > 0 else 1
     WIDE: tl.constexpr = WHOLE if WHOLE < TILE else TILE
-    return FIRST + tl.arange(0, WHOLE // WIDE)[:, None, None] * WIDE + tl.arange(0, WIDE)[None, None, :]
+    return _piece_wise(FIRST + tl.arange(0, WHOLE // WIDE)[:, None] * WIDE + tl.arange(0, WIDE)[None, :])
 
 
 @triton.jit
@@ -169,7 +192,7 @@ def adaln_forward(
             gate_tail = _vector(gate, sample, gate_row, tail, D)
 
     for first in tl.range(0, count, ROWS):
-        rows = (first + tl.arange(0, ROWS)).to(tl.int64)[None, :, None]
+        rows = _row_wise((first + tl.arange(0, ROWS)).to(tl.int64))
         live = rows < count
         value_head, value_tail = _tokens(x, rows, x_row, head, live, LANE), 0.0
         live_tail = live & (tail < D)
@@ -192,13 +215,13 @@ def adaln_forward(
 @triton.jit
 def _total(out, partial, slot, whole, at, head, tail, sums_head, sums_tail, D: tl.constexpr, TAIL: tl.constexpr):
     """Sums over a part's rows: the gradient itself (row ``at``) if the part is the whole sample, else a partial."""
-    sums_head = tl.sum(sums_head, 1)[:, None, :]
+    sums_head = _piece_wise(tl.sum(sums_head, ROW_AXIS))
     if whole:
         tl.store(out + at * D + head, narrow(sums_head, out.dtype.element_ty))
     elif partial is not None:
         tl.store(partial + slot * D + head, sums_head)
     if TAIL > 0:
-        sums_tail = tl.sum(sums_tail, 1)[:, None, :]
+        sums_tail = _piece_wise(tl.sum(sums_tail, ROW_AXIS))
         if whole:
             tl.store(out + at * D + tail, narrow(sums_tail, out.dtype.element_ty), mask=tail < D)
         elif partial is not None:
@@ -243,13 +266,12 @@ def adaln_backward(
         if TAIL > 0:
             gate_tail = _vector(gate, sample, gate_row, tail, D)
     # Sums stay apart by row of a step until the end: those that are not needed vanish in compilation.
-    shift_sum_head = tl.zeros((head.shape[0], ROWS, head.shape[2]), tl.float32)
-    shift_sum_tail = tl.zeros((tail.shape[0], ROWS, tail.shape[2]), tl.float32)
+    shift_sum_head, shift_sum_tail = _nothing(head, ROWS), _nothing(tail, ROWS)
     scale_sum_head, scale_sum_tail = shift_sum_head, shift_sum_tail
     gate_sum_head, gate_sum_tail = shift_sum_head, shift_sum_tail
 
     for first in tl.range(0, count, ROWS):
-        rows = (first + tl.arange(0, ROWS)).to(tl.int64)[None, :, None]
+        rows = _row_wise((first + tl.arange(0, ROWS)).to(tl.int64))
         live = rows < count
         live_tail = live & (tail < D)
         # All is loaded before anything is stored: a load does not overtake a store.

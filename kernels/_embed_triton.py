@@ -281,7 +281,10 @@ def _embed_sources(
             at = grad + (b * stride_gb)[:, None] + (r % K).to(tl.int64)[:, None] * stride_gk + d[None]
             rows = tl.load(at, mask=inside[:, None] & (d < D)[None], other=0.0)
             w = _weights(weight, d, D, C * PP, tl.program_id(1) * CLEAN, CLEAN, CS * PP, stride_weight)
-            acc = dot(rows, tl.trans(w), acc)
+            if weight.dtype.element_ty == tl.float32:  # one long chain of sums is less exact than cuBLAS is
+                acc += dot(rows, tl.trans(w), tl.zeros_like(acc))
+            else:
+                acc = dot(rows, tl.trans(w), acc)
     else:
         blocks = tl.cdiv(N, ROWS)
         at = tl.program_id(0) - tiles

@@ -62,14 +62,15 @@ def adaln_modulate_reference(x, shift, scale, *, cu_tokens=None):
     wide = _statistics_type(x)
     with torch.autocast(x.device.type, enabled=False):
         normed = F.layer_norm(x.to(wide), x.shape[-1:], eps=EPS)
-        y = torch.addcmul(_rows(shift, cu_tokens, x).to(wide), normed, 1 + _rows(scale, cu_tokens, x).to(wide))
+        # Widened before they are repeated: the sums of their gradients are then wide too.
+        y = torch.addcmul(_rows(shift.to(wide), cu_tokens, x), normed, 1 + _rows(scale.to(wide), cu_tokens, x))
         return y.to(shift.dtype)
 
 
 def gated_residual_adaln_reference(x, h, gate, shift, scale, *, cu_tokens=None):
     wide = _statistics_type(x)
     with torch.autocast(x.device.type, enabled=False):
-        x = torch.addcmul(x.to(wide), _rows(gate, cu_tokens, x).to(wide), h.to(wide)).to(x.dtype)
+        x = torch.addcmul(x.to(wide), _rows(gate.to(wide), cu_tokens, x), h.to(wide)).to(x.dtype)
     return x, adaln_modulate_reference(x, shift, scale, cu_tokens=cu_tokens)
 
 

@@ -35,7 +35,7 @@ def both(x, y, bandwidths=None, estimator="biased", impl="triton"):
     """(value, gradients of the inputs that need one) for an incoming gradient of 3."""
     value = mmd2(x, y, bandwidths, estimator=estimator, impl=impl)
     wanted = [t for t in (x, y) if t.requires_grad]
-    return value, torch.autograd.grad(value, wanted, value.new_tensor(3.0)) if wanted else ()
+    return value, torch.autograd.grad(value, wanted, value.new_full((), 3.0)) if wanted else ()
 
 
 def plain(x, y, bandwidths, estimator):
