@@ -44,8 +44,8 @@ def measure(case: Case, way: str, device: torch.device, *, budget: float = 1.0, 
             out[variant] = {"error": "does not fit in memory"}
             harness.forget()
             continue
-        except harness.WrongResult as problem:
-            out[variant] = {"error": str(problem)}
+        except (harness.WrongResult, torch._dynamo.exc.TorchDynamoException) as problem:
+            out[variant] = {"error": str(problem)}  # of a peer that torch cannot compile too
             continue
         if device.type == "cuda":
             try:

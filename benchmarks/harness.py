@@ -340,6 +340,7 @@ def graphed(case: Case, variant: str, way: str, inputs: Inputs, function=None) -
     except RuntimeError:
         _end_capture(graph)
         raise
+    kept = call, kept  # the call too: a backward reads what its forward, outside of the graph, has saved
     return lambda: (graph.replay(), kept)[0]
 
 

@@ -18,6 +18,7 @@ from .augment import augment, manner
 from .cache import SliceCache, batch_rows
 from .config import DataConfig, TrainConfig
 from .device import autocast, kept_memory
+from .loader import Resident
 
 BINS = 128
 
@@ -90,15 +91,20 @@ class UNet(nn.Module):
 
 
 def training_batch(
-    cache: SliceCache, rows: np.ndarray, config: TrainConfig, step: int, device: torch.device, how: dict
+    cache: SliceCache, rows: np.ndarray, config: TrainConfig, step: int, device: torch.device, how: dict,
+    resident: Resident | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sources (B, Cs, S, S) and target (B, 1, S, S) of a step, augmented: what our own model sees at that step.
 
-    rows : training rows of the cache; how : ``augment.manner`` of its channels
+    rows : training rows of the cache; how : ``augment.manner`` of its channels; resident : the slices, if they lie in
+    the device's memory
     """
     chosen = rows[batch_rows(len(rows), config.batch_size, seed=config.seed, step=step)]
-    batch = cache.batch(chosen, fine=True)
-    sources, target = (torch.from_numpy(batch[name]).to(device) for name in ("sources", "target"))
+    if resident is not None:
+        sources, target, _ = resident.batch(step)
+    else:
+        batch = cache.batch(chosen, fine=True)
+        sources, target = (torch.from_numpy(batch[name]).to(device) for name in ("sources", "target"))
     return augment(sources, target, torch.from_numpy(chosen).to(device), (config.seed, step), config, **how)
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
@@ -19,9 +19,10 @@ from benchmarks.rivals.base import Rival
 from phmdiff_fast import attention, blocks
 from phmdiff_fast.augment import manner
 from phmdiff_fast.baselines import training_batch
-from phmdiff_fast.cache import SliceCache
+from phmdiff_fast.cache import SliceCache, batch_rows
 from phmdiff_fast.config import DataConfig, TrainConfig
 from phmdiff_fast.device import autocast, kept_memory
+from phmdiff_fast.loader import Resident
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,18 @@ def _seconds_a_step(rival: Rival, batch_at: Callable[[int], tuple], config: Trai
     return float(np.median(took[TRIAL_UNTIMED:]))
 
 
+@contextmanager
+def _batches(cache, rows, config: TrainConfig, device, how: dict) -> Iterator[Callable[[int], tuple[Tensor, Tensor]]]:
+    """step -> sources and target of it, augmented; the slices lie where our own trainer keeps them."""
+
+    def rows_at(step: int) -> np.ndarray:
+        return rows[batch_rows(len(rows), config.batch_size, seed=config.seed, step=step)]
+
+    on_gpu = config.data_device == "cuda"
+    with Resident(cache, rows, rows_at, device) if on_gpu else nullcontext() as resident:
+        yield lambda step: training_batch(cache, rows, config, step, device, how, resident)
+
+
 def train_rival(
     rival: Rival, cache: SliceCache, rows: np.ndarray, config: TrainConfig, seconds: float, device: torch.device,
     dtype: torch.dtype, *, data: DataConfig, steps: int | None = None, look: Callable[[Rival], float] | None = None,
@@ -117,53 +130,49 @@ def train_rival(
     if (steps is not None and steps < 1) or looks < 1:
         raise ValueError(f"steps {steps} and looks {looks} must be positive")
     rival.to(device).train()
-    how = manner(data)
+    with _batches(cache, rows, config, device, manner(data)) as batch_at:
+        if rival.plans:
+            with kept_memory(device):
+                count = steps or seconds / _seconds_a_step(rival, batch_at, config, device, dtype)
+            rival.plan(count * config.batch_size / len(rows))
+        kinds = step_flops(rival, config, data.source_channels, data.image_size, device)
+        taken = [0] * len(kinds)  # steps of each kind
+        best = best_step = best_state = None
 
-    def batch_at(step: int) -> tuple[Tensor, Tensor]:
-        return training_batch(cache, rows, config, step, device, how)
+        def take_look() -> None:
+            nonlocal best, best_step, best_state
+            with clock.paused():
+                found = float(look(rival.eval()))
+                rival.train()
+                if math.isfinite(found) and (best is None or found > best):
+                    best, best_step = found, step
+                    best_state = {name: value.detach().cpu().clone() for name, value in rival.state_dict().items()}
 
-    if rival.plans:
-        with kept_memory(device):
-            count = steps or seconds / _seconds_a_step(rival, batch_at, config, device, dtype)
-        rival.plan(count * config.batch_size / len(rows))
-    kinds = step_flops(rival, config, data.source_channels, data.image_size, device)
-    taken = [0] * len(kinds)  # steps of each kind
-    best = best_step = best_state = None
-
-    def take_look() -> None:
-        nonlocal best, best_step, best_state
-        with clock.paused():
-            found = float(look(rival.eval()))
-            rival.train()
-            if math.isfinite(found) and (best is None or found > best):
-                best, best_step = found, step
-                best_state = {name: value.detach().cpu().clone() for name, value in rival.state_dict().items()}
-
-    step, share, due = 0, 0.0, 1
-    torch.manual_seed(config.seed)
-    rival.begin(config)
-    with kept_memory(device):  # as our own trainer: without it a CPU's convolutions take twice as long
-        clock = Clock(device)
-        while share < 1:
-            with autocast(device, dtype):
-                rival.step(*batch_at(step), share, step)
-            taken[sum(share >= turn for turn in rival.turns)] += 1
-            step += 1
-            share = clock.seconds() / seconds if steps is None else step / steps
-            if progress is not None:
-                progress(min(1.0, share))
-            if look is not None and due / looks <= share < 1:
+        step, share, due = 0, 0.0, 1
+        torch.manual_seed(config.seed)
+        rival.begin(config)
+        with kept_memory(device):  # as our own trainer: without it a CPU's convolutions take twice as long
+            clock = Clock(device)
+            while share < 1:
+                with autocast(device, dtype):
+                    rival.step(*batch_at(step), share, step)
+                taken[sum(share >= turn for turn in rival.turns)] += 1
+                step += 1
+                share = clock.seconds() / seconds if steps is None else step / steps
+                if progress is not None:
+                    progress(min(1.0, share))
+                if look is not None and due / looks <= share < 1:
+                    take_look()
+                    while due / looks <= share:  # a long step may have passed several
+                        due += 1
+            with clock.paused():
+                used = clock.seconds()
+            rival.end()
+            if look is not None:
                 take_look()
-                while due / looks <= share:  # a long step may have passed several
-                    due += 1
-        with clock.paused():
-            used = clock.seconds()
-        rival.end()
-        if look is not None:
-            take_look()
-    rival.eval()
-    flops = config.batch_size * sum(n * kind for n, kind in zip(taken, kinds, strict=True)) / step
-    return Trained(step, used, best, best_step, best_state, flops)
+        rival.eval()
+        flops = config.batch_size * sum(n * kind for n, kind in zip(taken, kinds, strict=True)) / step
+        return Trained(step, used, best, best_step, best_state, flops)
 
 
 def rival_predict(rival: Rival, sources: np.ndarray, device, dtype, batch_size: int = 32) -> np.ndarray:

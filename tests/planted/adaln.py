@@ -58,10 +58,15 @@ FAULTS = [
         "(rows * stride).to(tl.int32) + cols, [1, 1, NEIGHBOURS]",
         "32-bit offset of a row",
     ),
-    (TRITON, "sums = tl.sum(sums, 1) + tl.sum(tl.sum(tail, PIECE_AXIS), 1)", "sums = tl.sum(sums, 1)", "tail not in the sums"),
     (
         TRITON,
-        "sums = tl.sum(sums + tl.sum(tail, 0), 1)",
+        "sums = tl.sum(sums, 1) + tl.sum(tl.sum(tail, PIECE_AXIS), 1)",
+        "sums = tl.sum(sums, 1)",
+        "tail not in the sums",
+    ),
+    (
+        TRITON,
+        "sums = tl.sum(sums + tl.sum(tail, PIECE_AXIS), 1)",
         "sums = tl.sum(sums, 1)",
         "tail of whole pieces not in the sums",
     ),
