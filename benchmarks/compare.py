@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -110,7 +111,7 @@ def table(records: list[dict]) -> list[tuple]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", help="one operation, or the one of bench_<op>.py")
+    parser.add_argument("--op", help="operations, or those of bench_<op>.py, comma-separated, in this order")
     parser.add_argument("--shape", help="only cases whose shape contains this text")
     parser.add_argument("--tag", help="only cases with this tag, e.g. check")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if harness.CUDA else "cpu")
@@ -118,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variants", help="comma-separated; all by default")
     parser.add_argument("--way", choices=harness.WAYS, help="both by default")
     parser.add_argument("--seconds", type=float, default=1.0, help="of timing a variant, %(default)s")
+    parser.add_argument("--limit", type=float, help="seconds from which on no further case is begun; all by default")
     parser.add_argument("--bench", action="append", default=[], metavar="FILE", help="a file with CASES of your own")
     parser.add_argument("--json", type=Path, help="write the figures there, e.g. benchmarks/results/h200.json")
     args = parser.parse_args(argv)
@@ -132,14 +134,18 @@ def main(argv: list[str] | None = None) -> int:
         harness.keep_freed_memory()
         torch.set_num_threads(args.threads or torch.get_num_threads())
     try:
-        cases = [c for c in harness.load_cases(args.op, args.bench) if harness.belongs(c, args.device)]
+        ops = args.op.split(",") if args.op else [None]
+        cases = [c for op in ops for c in harness.load_cases(op, args.bench) if harness.belongs(c, args.device)]
     except ValueError as problem:
         parser.error(str(problem))
     cases = [c for c in cases if (args.shape or "") in c.shape and (args.tag is None or args.tag in c.tags)]
     only = args.variants.split(",") if args.variants else None
     todo = [(c, way) for c in cases for way in harness.ways_of(c) if args.way in (None, way)]
-    records = []
+    records, begun = [], time.monotonic()
     for case, way in tqdm(todo, desc="comparing", leave=False, disable=None):
+        if args.limit is not None and time.monotonic() - begun > args.limit:
+            print(f"time is up: {len(todo) - len(records)} of {len(todo)} not timed, from {case} {way} on")
+            break
         records.append(measure(case, way, device, budget=args.seconds, only=only))
         if args.json:  # after each case: a run that is cut short keeps what it has
             args.json.write_text(json.dumps({"compare": records}, indent=1))

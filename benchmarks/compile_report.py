@@ -7,6 +7,7 @@ from the compiler, load widths and tensor-core instructions from the PTX.
 
     widest    bits of the widest load from global memory
     narrow    share of the load instructions that take less than 32 bits
+    barriers  where all warps of a program wait for each other; many mean sums that cross the warps
 
 Exit 1 where a kernel spills or does not fit into the shared memory of its architecture. Results are
 kept in a cache folder of the user, by Triton's version, the kernel's source and the signature.
@@ -75,6 +76,7 @@ class Row:
     widest: int
     narrow: float
     tensor_cores: str
+    barriers: int = 0
     case: str = ""
     error: str = ""  # of the compiler
 
@@ -138,7 +140,7 @@ def compile_one(job: Job, arch: int) -> Row:
     registers, spill = resources(compiled.asm["cubin"])
     widest, narrow, cores = instructions(compiled.asm["ptx"])
     return Row(job.name, arch, compiled.metadata.num_warps, registers, spill, compiled.metadata.shared, widest, narrow,
-               cores)  # fmt: skip
+               cores, compiled.asm["ptx"].count("bar.sync"))  # fmt: skip
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -176,7 +178,7 @@ def instructions(ptx: str) -> tuple[int, float, str]:
 
 def cache_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "phmdiff_fast" / "compile_report"
+    return Path(base) / "phmdiff_fast" / "compile_report-2"  # the number: of what a row holds
 
 
 def report(jobs: list[tuple[Job, int, str]], workers: int, folder: Path) -> list[Row]:
@@ -214,7 +216,7 @@ def _compiled(jobs: list, missing: list[int], workers: int) -> Iterator[tuple[in
             yield waiting[done], done.result()
 
 
-HEADS = ("kernel", "case", "arch", "warps", "registers", "spill", "shared", "widest", "narrow", "tensor cores")
+HEADS = ("kernel", "case", "arch", "warps", "registers", "spill", "shared", "widest", "narrow", "tensor cores", "barriers")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -256,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = report(named, args.jobs, args.cache)
     print_table(HEADS, [
         (r.kernel, r.case, r.arch, r.warps, r.registers, r.spill_bytes, r.shared, r.widest, f"{r.narrow:.0%}",
-         r.tensor_cores) for r in rows
+         r.tensor_cores, r.barriers) for r in rows
     ])  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1))

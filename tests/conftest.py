@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,23 @@ def cli(*arguments) -> int:
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+LOST = 9  # exit code: an error of the GPU, after which the process can use it no more
+STICKY = ("illegal memory access", "unspecified launch failure", "device-side assert", "misaligned address")
+
+
+def pytest_runtest_logreport(report):
+    """A line of JSON a test in the file PHMDIFF_TEST_LOG names, as it ends (benchmarks/gpu_check.py reads it)."""
+    if not (log := os.environ.get("PHMDIFF_TEST_LOG")):
+        return
+    if report.when == "call" or report.outcome != "passed":
+        crash = getattr(report.longrepr, "reprcrash", None)
+        why = " ".join((crash.message if crash else report.longreprtext).split())
+        with open(log, "a") as file:
+            file.write(json.dumps({"test": report.nodeid, "outcome": report.outcome, "why": why[:2000]}) + "\n")
+        if report.failed and any(error in why for error in STICKY):
+            pytest.exit("the GPU is lost to this process", returncode=LOST)
 
 
 @pytest.fixture(scope="session", autouse=True)

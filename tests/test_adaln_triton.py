@@ -538,6 +538,24 @@ def test_presets_waste_no_register_and_short_samples_need_no_workspace():
     assert launches[0][1] == (4,)
 
 
+@pytest.mark.skipif(not _impl.INTERPRET, reason="the order of the axes is compiled in")
+@pytest.mark.parametrize("lengths", [None, [5, 0, 9]])
+def test_either_order_of_the_axes_gives_the_same(lengths, monkeypatch):
+    """Which one is taken depends on Triton's version, and only one version is installed."""
+    from phmdiff_fast.kernels import _adaln_triton
+
+    given = inputs((2, 9, 96) if lengths is None else (14, 96), lengths)
+    cu = None if lengths is None else offsets(lengths)
+    one = run(given, weights_for(given), impl="triton", cu=cu)
+    piece, row = _adaln_triton.PIECE_AXIS, _adaln_triton.ROW_AXIS
+    monkeypatch.setattr(_adaln_triton, "PIECE_AXIS", row)
+    monkeypatch.setattr(_adaln_triton, "ROW_AXIS", piece)
+    other = run(given, weights_for(given), impl="triton", cu=cu)
+    assert piece.value != row.value
+    for a, b in zip([*one[0], *one[1].values()], [*other[0], *other[1].values()], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
 @pytest.mark.parametrize("width", [96, 384, 768, 1024, 1152])

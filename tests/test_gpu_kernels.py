@@ -62,15 +62,20 @@ OPERATIONS = {
 NAMES = tuple(OPERATIONS)
 
 
-def everything(name, t, impl, like=None):
-    """Outputs, then gradients of what trains; ``like``: dtypes in which the incoming gradients are rounded."""
+def incoming(outs, like=None):
+    """Gradients to begin a backward with; ``like``: tensors whose types they are rounded to."""
+    return [randn(*o.shape, dtype=(o if like is None else like[i]).dtype, seed=9).to(o.dtype)
+            for i, o in enumerate(outs)]  # fmt: skip
+
+
+def everything(name, t, impl, like=None, grads=None):
+    """Outputs, then gradients of what trains; grads : as of ``incoming``, drawn here unless given."""
     run, leaves = OPERATIONS[name]
     out = run(t, impl)
     outs = out if isinstance(out, tuple) else (out,)
     if not leaves:
         return outs
-    grads = [randn(*o.shape, dtype=(o if like is None else like[i]).dtype, seed=9).to(o.dtype)
-             for i, o in enumerate(outs)]  # fmt: skip
+    grads = incoming(outs, like) if grads is None else grads
     return (*outs, *torch.autograd.grad(outs, [t[leaf] for leaf in leaves], grads))
 
 
@@ -105,16 +110,17 @@ def test_k11_a_thousand_runs_give_the_same_bits(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_k9_captured_in_a_graph(name):
     """Captured once and replayed: the same numbers as eager calls."""
-    t = tensors(torch.bfloat16, **LEVEL)
-    expected = [t.clone() for t in everything(name, t, "triton")]
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        everything(name, t, "triton")
+    with torch.cuda.stream(stream):  # all of it: a backward ends on the stream its leaves were made on
+        t = tensors(torch.bfloat16, **LEVEL)
+        results = everything(name, t, "triton")
+        # Drawn beforehand: a generator that the graph does not know cannot be used inside it.
+        grads = incoming(results[: len(results) - len(OPERATIONS[name][1])])
+        expected = [r.clone() for r in everything(name, t, "triton", grads=grads)]
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = everything(name, t, "triton")
+    with torch.cuda.graph(graph, stream=stream):
+        captured = everything(name, t, "triton", grads=grads)
     for t in captured:
         t.fill_(7)
     graph.replay()
