@@ -216,7 +216,19 @@ def _compiled(jobs: list, missing: list[int], workers: int) -> Iterator[tuple[in
             yield waiting[done], done.result()
 
 
-HEADS = ("kernel", "case", "arch", "warps", "registers", "spill", "shared", "widest", "narrow", "tensor cores", "barriers")
+HEADS = (
+    "kernel",
+    "case",
+    "arch",
+    "warps",
+    "registers",
+    "spill",
+    "shared",
+    "widest",
+    "narrow",
+    "tensor cores",
+    "barriers",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,7 +71,15 @@ def test_every_file_with_a_gpu_mark_is_a_part():
 
 def test_tests_are_told_as_they_end(tmp_path):
     log = tmp_path / "log.jsonl"
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu_kernels.py", "tests/test_imports.py", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/test_gpu_kernels.py",
+        "tests/test_imports.py",
+        "-p",
+        "no:cacheprovider",
+    ]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PHMDIFF_TEST_LOG": str(log)}, capture_output=True, check=True)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     outcomes = {line["test"].partition("::")[0]: line["outcome"] for line in lines}
@@ -82,7 +90,9 @@ def test_tests_are_told_as_they_end(tmp_path):
     assert any("needs a GPU" in line["why"] for line in lines)
 
 
-@pytest.mark.parametrize(("why", "lost"), [("CUDA error: an illegal memory access was met", True), ("assert 1 == 2", False)])
+@pytest.mark.parametrize(
+    ("why", "lost"), [("CUDA error: an illegal memory access was met", True), ("assert 1 == 2", False)]
+)
 def test_an_error_that_stays_ends_the_process(why, lost, tmp_path, monkeypatch):
     monkeypatch.setenv("PHMDIFF_TEST_LOG", str(tmp_path / "log.jsonl"))
     report = SimpleNamespace(when="call", outcome="failed", failed=True, nodeid="x", longreprtext=why,
