@@ -25,8 +25,9 @@ for name, outcome in outcomes.items():
     if name not in done:
         if name == os.environ.get("SLOW"):
             time.sleep(60)
+        line = {"test": name, "outcome": outcome, "why": "CUDA error: an illegal memory access"}
         with open(os.environ["PHMDIFF_TEST_LOG"], "a") as log:
-            log.write(json.dumps({"test": name, "outcome": outcome, "why": "CUDA error: an illegal memory access"}) + "\\n")
+            log.write(json.dumps(line) + "\\n")
         if outcome == "failed":
             sys.exit(%d)
 sys.exit(0)
