@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo_out
 , := ,
 
-.PHONY: demo test quality bench mutants torture sanitize kernel-report gpu-check gpu-steps gpu-train gpu-kernel-tests lint clean
+.PHONY: demo test quality bench mutants torture sanitize kernel-report gpu-check gpu-train gpu-kernel-tests lint clean
 .DELETE_ON_ERROR:
 
 define install
@@ -74,7 +74,7 @@ kernel-report: $(VENV)/.test
 
 # On a machine with a GPU, in $(MINUTES) minutes: what is marked gpu, then all variants side by side at the shapes tagged
 # "check", whose figures go to $(RESULTS); each test and figure is told as it comes, should time run out.
-# `make gpu-steps`: a training and a sampling step. `make gpu-kernel-tests`: every kernel test, many small compilations.
+# `make gpu-kernel-tests` runs every kernel test there, many small compilations.
 # It runs in .venv where there is one (make test TORCH=torch makes it), else in the machine's own
 # Python; what that lacks can lie in carry/site (pip install --target carry/site ...).
 RESULTS ?= benchmarks/results
@@ -86,10 +86,6 @@ gpu-check:
 	PHMDIFF_EXTENSION=1 PHMDIFF_CUDA=1 PHMDIFF_CUDA_ARCHS=$$($(GPU_PYTHON) -c "import torch; print('%d%d' % torch.cuda.get_device_capability())") \
 		$(GPU_PYTHON) setup.py -q build_ext --inplace
 	$(GPU_PYTHON) -m benchmarks.gpu_check --minutes $(MINUTES) --json $(RESULTS)/gpu-compare.json
-
-gpu-steps: export PYTHONPATH := .:carry/site
-gpu-steps:
-	$(GPU_PYTHON) -m pytest benchmarks/bench_train.py benchmarks/bench_sampling.py --benchmark-only --benchmark-json=$(RESULTS)/gpu-steps.json
 
 # Training against the peers at S/2, B/2 and XL/2, variants interleaved: a call of its own, most of it compilation.
 # One size: make gpu-train ARGS="--check --shape B/2".

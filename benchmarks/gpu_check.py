@@ -4,7 +4,8 @@ The tests marked ``gpu`` come first, a process a file and several at a time, sin
 compilation. Each is told as it ends, with the first line of what is wrong, so that a run that is cut short says what
 it has seen. A kernel that reads where it must not takes its process with it: what is left of that file goes on in
 a new one. Beside them the benchmarks' variants are compiled, into caches. Then, alone on the GPU, the cases tagged
-"check" are timed by ``benchmarks.compare``, as many as there is time for, and what is known is written after each.
+"check" are timed by ``benchmarks.compare``, as many as there is time for, and what is known is written after each;
+last a training and a sampling step, if there is time for them.
 
 Exit 1 if a test fails, was not run, or a variant computes something else than eager float64.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOST = 9  # exit code of tests/conftest.py: the process can use the GPU no more
 TESTS_SHARE = 0.5  # of the minutes at most; sanitizers and a thousand runs of each kernel are among them
+COMPARED_SHARE = 0.7  # of what is left
 OPS = ("short_attention", "patch_mask", "adaln", "pyramid", "mmd", "haar")  # bench_<op>.py, in order of interest
 
 
@@ -39,7 +42,10 @@ class Seen:
 
     def read(self, log: Path) -> None:
         for line in log.read_text().splitlines() if log.exists() else ():
-            one = json.loads(line)
+            try:
+                one = json.loads(line)
+            except ValueError:  # its process was killed as it wrote
+                continue
             name = one["test"]
             if self.outcomes.get(name) != "failed":  # set-up, call and tear-down each report
                 self.outcomes[name] = one["outcome"]
@@ -61,17 +67,13 @@ def run_tests(part: tuple[str, str], until: float, folder: Path, command: list[s
     until : of time.monotonic(); command : instead of pytest, given the same arguments
     """
     (file, which), seen = part, Seen(part)
-    log = folder / f"{Path(file).stem} {which}.jsonl"
-    env = {**os.environ, "PHMDIFF_TEST_LOG": str(log)}
+    log, said = (folder / f"{Path(file).stem} {which}.{kind}" for kind in ("jsonl", "txt"))
     while (left := until - time.monotonic()) > 1:
         done = [part for name in seen.outcomes for part in ("--deselect", name)]
         pytest = command or [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
         call = [*pytest, file, "-k", which, *done]
         known = len(seen.outcomes)
-        try:
-            code = subprocess.run(call, cwd=ROOT, env=env, capture_output=True, timeout=left).returncode
-        except subprocess.TimeoutExpired:
-            code = None
+        code = run(call, left, said, PHMDIFF_TEST_LOG=str(log))
         seen.read(log)
         if code != LOST or len(seen.outcomes) == known:
             seen.ended = code in (0, 1, 5)  # 5: all were deselected
@@ -82,7 +84,26 @@ def run_tests(part: tuple[str, str], until: float, folder: Path, command: list[s
     print(f"{file}, {which}: {told}{'' if seen.ended else '; NOT TO ITS END'}", flush=True)
     for name in failed:
         print(f"  FAILED {name}: {seen.reasons[name][:300]}", flush=True)
+    if not seen.ended:
+        print(*(f"  | {line[:200]}" for line in _last_lines(said, 3)), sep="\n", flush=True)
     return seen
+
+
+def run(command: list[str], seconds: float, output: Path, **environment: str) -> int | None:
+    """Its exit code; None if time ran out. What it started ends with it: on the GPU it would disturb what follows."""
+    with open(output, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=file,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def _last_lines(path: Path, number: int) -> list[str]:
+    return path.read_text(errors="replace").splitlines()[-number:] if path.exists() else []
 
 
 def compare(*more: str) -> list[str]:
@@ -103,32 +124,35 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     begun, wrong = time.monotonic(), False
     until = begun + 60 * args.minutes
-    with tempfile.TemporaryDirectory() as folder:
-        warming = []
-        if args.only != "tests":  # one after the other: together they would take the tests' memory
-            warming = [compare("--op", op, "--seconds", "0.005") for op in OPS]
+    tests, times = args.only != "times", args.only != "tests"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tests_until = begun + 60 * args.minutes * (TESTS_SHARE if times else 1)
+
+        def warm() -> None:  # one after the other: together they would take the tests' memory
+            for op in OPS if times else ():
+                if (left := tests_until - time.monotonic()) > 1:
+                    run(compare("--op", op, "--seconds", "0.005"), left, folder / f"{op}.txt")
+
         with ThreadPoolExecutor(args.jobs + 1) as pool:
-            tests_until = begun + 60 * args.minutes * (1 if args.only else TESTS_SHARE)
-            parts = [] if args.only == "times" else parts_of_tests()
-            warm = pool.submit(_one_after_the_other, warming, tests_until)
-            seen = list(pool.map(lambda part: run_tests(part, tests_until, Path(folder)), parts))
-            warm.result()
-        wrong = any(not one.ended or "failed" in one.outcomes.values() for one in seen)
-    if args.only != "tests":
-        print(f"{time.monotonic() - begun:.0f} s; now the times, alone on the GPU", flush=True)
-        left = max(10.0, until - time.monotonic())
-        timed = compare("--op", ",".join(OPS), "--seconds", "0.1", "--limit", f"{left:.0f}", "--json", str(args.json))
-        wrong |= subprocess.run(timed, cwd=ROOT, check=False).returncode != 0
+            warmed = pool.submit(warm)
+            seen = list(pool.map(lambda part: run_tests(part, tests_until, folder), parts_of_tests() if tests else ()))
+            warmed.result()
+        wrong |= any(not one.ended or "failed" in one.outcomes.values() for one in seen)
+        if times:
+            print(f"{time.monotonic() - begun:.0f} s; now the times, alone on the GPU", flush=True)
+            left = COMPARED_SHARE * (until - time.monotonic())
+            timed = compare(
+                "--op", ",".join(OPS), "--seconds", "0.1", "--limit", f"{left:.0f}", "--json", str(args.json)
+            )
+            wrong |= subprocess.run(timed, cwd=ROOT, check=False).returncode != 0
+            steps = [sys.executable, "-m", "pytest", "benchmarks/bench_sampling.py", "benchmarks/bench_train.py",
+                     "--benchmark-only", f"--benchmark-json={args.json.with_name('gpu-steps.json')}"]  # fmt: skip
+            ended = run(steps, max(1.0, until - time.monotonic()), folder / "steps.txt")
+            print("a training and a sampling step: " + ("no time was left" if ended is None else f"exit code {ended}"))
+            print(*_last_lines(folder / "steps.txt", 25), sep="\n")
+            wrong |= ended not in (0, None)
     return int(wrong)
-
-
-def _one_after_the_other(commands: list[list[str]], until: float) -> None:
-    for command in commands:
-        if (left := until - time.monotonic()) > 1:
-            try:
-                subprocess.run(command, cwd=ROOT, capture_output=True, timeout=left, check=False)
-            except subprocess.TimeoutExpired:
-                return
 
 
 if __name__ == "__main__":

@@ -318,7 +318,7 @@ def graphed(case: Case, variant: str, way: str, inputs: Inputs, function=None) -
     """The call captured as a CUDA graph. Autograd runs a backward on the stream of its forward, and ends it on the
     stream its leaves were made on, so all are made anew on the stream that is captured.
 
-    Raises RuntimeError for a call that cannot be captured, one that waits for the device before it is tried.
+    Raises RuntimeError for a call that cannot be captured; one that waits for the device is not even tried.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

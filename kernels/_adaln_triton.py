@@ -26,8 +26,8 @@ from ._tl import narrow
 BACKWARD_CHUNK = 64  # rows: each moves 6 D bytes or more, each sum of a part 8 D: a surplus of 4 % at most
 SEARCH = (128, 1024)  # samples of a pack looked at together: where there are no more than that, where there are
 FORWARD_STEPS = 4  # a forward part is at most this many steps: its vectors are read once for all of them
-PIECES, ROW = (0, 1) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else (1, 0)  # axes
-PIECE_AXIS, ROW_AXIS = tl.constexpr(PIECES), tl.constexpr(ROW)
+_PIECE, _ROW = (0, 1) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else (1, 0)  # axes
+PIECE_AXIS, ROW_AXIS = tl.constexpr(_PIECE), tl.constexpr(_ROW)
 # Row lengths count up to 2^31 and change with the mask ratio; none of these is worth a compilation.
 _dynamic = triton.jit(do_not_specialize=["tokens", "samples", "chunk"])
 

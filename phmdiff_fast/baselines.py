@@ -101,7 +101,7 @@ def training_batch(
     """
     chosen = rows[batch_rows(len(rows), config.batch_size, seed=config.seed, step=step)]
     if resident is not None:
-        sources, target, _ = resident.batch(step)
+        sources, target, _ = resident.pick(chosen)
     else:
         batch = cache.batch(chosen, fine=True)
         sources, target = (torch.from_numpy(batch[name]).to(device) for name in ("sources", "target"))

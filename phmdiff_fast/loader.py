@@ -159,7 +159,7 @@ RESIDENT_ROWS = 256  # read at a time
 class Resident:
     """All training slices in the memory of a device (``train.data_device``); batches are picked there.
 
-    cache, rows : (n,) int64 of it that are trained on; rows_at : as of ``Loader``
+    cache, rows : (n,) int64 of it that are trained on; rows_at : as of ``Loader``, None where ``pick`` alone is asked
     Takes n (Cs + 1) F F floats and n F F bytes. Raises OUT_OF_MEMORY (exit 6) where they do not fit.
     """
 
@@ -189,7 +189,11 @@ class Resident:
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As ``Loader.batch``, on the device."""
-        places = torch.tensor([self._place[int(row)] for row in self._rows_at(step)])
+        return self.pick(self._rows_at(step))
+
+    def pick(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What ``batch`` gives of these rows (B,)."""
+        places = torch.tensor([self._place[int(row)] for row in rows])
         if self._device.type == "cuda":
             places = places.pin_memory().to(self._device, non_blocking=True)
         return tuple(part.index_select(0, places) for part in self._parts)

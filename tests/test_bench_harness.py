@@ -243,6 +243,19 @@ def records(monkeypatch, tmp_path, capsys) -> tuple[list[dict], Path, str]:
     return json.loads(path.read_text())["compare"], path, capsys.readouterr().out
 
 
+def test_operations_come_in_the_order_asked_for_until_time_is_up(monkeypatch, capsys):
+    monkeypatch.setattr(harness, "load_cases", lambda op, files: [dataclasses.replace(toy(), op=op)])
+    measured = []
+    monkeypatch.setattr(compare, "measure", lambda case, way, *_, **__: measured.append(case.op) or {"variants": {}})
+    monkeypatch.setattr(compare, "table", lambda records: [])
+    arguments = ["--device", "cpu", "--op", "second,first"]
+    assert compare.main(arguments) == 0
+    assert measured == ["second", "second", "first", "first"]
+    assert compare.main([*arguments, "--limit", "0"]) == 0
+    assert len(measured) == 4
+    assert "time is up: 4 of 4 not timed, from second [" in capsys.readouterr().out
+
+
 def test_variants_are_compared_in_turn(records):
     found, _, said = records
     assert [(r["op"], r["way"]) for r in found] == [("toy", "forward"), ("toy", "backward")] * 2

@@ -51,7 +51,7 @@ def test_what_is_left_goes_on_in_a_new_process(fake, tmp_path, capsys):
 
 def test_what_it_has_seen_is_told_when_time_runs_out(fake, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SLOW", "d")
-    seen = gpu_check.run_tests(("tests/test_x.py", "all"), time.monotonic() + 3, tmp_path, fake)
+    seen = gpu_check.run_tests(("tests/test_x.py", "all"), time.monotonic() + 6, tmp_path, fake)
     assert seen.outcomes == {"a": "passed", "b": "failed", "c": "skipped"}
     assert not seen.ended
     assert "NOT TO ITS END" in capsys.readouterr().out
@@ -60,6 +60,40 @@ def test_what_it_has_seen_is_told_when_time_runs_out(fake, tmp_path, capsys, mon
 def test_a_run_that_tells_nothing_is_not_begun_for_ever(tmp_path):
     command = [sys.executable, "-c", f"raise SystemExit({gpu_check.LOST})"]
     assert not gpu_check.run_tests(("tests/test_x.py", "all"), time.monotonic() + 60, tmp_path, command).ended
+
+
+STARTS_ANOTHER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_what_a_command_started_ends_with_it(tmp_path):
+    """A test under compute-sanitizer is a grandchild, and would go on beside what is timed."""
+    said = tmp_path / "said.txt"
+    assert gpu_check.run([sys.executable, "-c", STARTS_ANOTHER], 4, said) is None
+    stat = Path(f"/proc/{int(said.read_text())}/stat")
+    until = time.monotonic() + 10  # whoever inherits it has to take note first
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        assert time.monotonic() < until, "still running"
+        time.sleep(0.05)
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"test": "a", "outcome": "passed", "why": ""}\n{"test": "b", "outc')
+    seen = gpu_check.Seen(("tests/test_x.py", "all"))
+    seen.read(log)
+    assert seen.outcomes == {"a": "passed"}
+
+
+@pytest.mark.skipif(conftest.torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        gpu_check.main([])
+    assert leaving.value.code == 2
+    assert "torch sees no GPU here" in capsys.readouterr().err
 
 
 def test_every_file_with_a_gpu_mark_is_a_part():

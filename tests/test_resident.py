@@ -7,6 +7,11 @@ import pytest
 import torch
 
 from phmdiff_fast import loader as loader_room
+from phmdiff_fast.augment import manner
+from phmdiff_fast.baselines import training_batch
+from phmdiff_fast.cache import SliceCache
+from phmdiff_fast.config import build_config
+from phmdiff_fast.data import discover
 from phmdiff_fast.errors import MEMORY, PhmdiffError
 from phmdiff_fast.loader import Loader, Resident
 
@@ -40,6 +45,16 @@ def test_its_batches_are_those_of_the_loader(monkeypatch):
                 assert here.dtype == there.dtype
                 assert torch.equal(here, there)
         assert cache.read == len(ROWS)  # nothing is read again
+
+
+def test_a_rival_s_batch_is_the_same_from_there(tmp_path, tiny_cohort):
+    config = build_config("xs", {"data": {"image_size": 32}, "train": {"batch_size": 3}})
+    cache, _ = SliceCache.ensure(tmp_path, discover(tiny_cohort), ["p0", "p2"], config.data)
+    rows = cache.rows_of("p2")
+    given = (cache, rows, config.train, 5, CPU, manner(config.data))
+    with Resident(cache, rows, None, CPU) as resident:
+        for here, there in zip(training_batch(*given, resident), training_batch(*given), strict=True):
+            assert torch.equal(here, there)
 
 
 def test_what_does_not_fit_is_one_error_that_says_how_much(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from functools import lru_cache
 
 import torch
@@ -16,7 +17,7 @@ from phmdiff_fast.model import sincos_positions
 WARMUP = 50  # steps, as train_unet's
 
 
-class Rival(nn.Module):
+class Rival(nn.Module, ABC):
     """A method: how it takes a step of training, and how it translates.
 
     ``name``  : its key in ``RIVALS``
@@ -31,23 +32,23 @@ class Rival(nn.Module):
     def plan(self, passes: float) -> None:
         """Before ``begin``: how many passes over the training slices the budget has room for."""
 
+    @abstractmethod
     def begin(self, config: TrainConfig) -> None:
         """Make the optimizers; called once, on the device that is trained on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, sources: Tensor, target: Tensor, share: float, step: int) -> None:
         """One optimizer step on sources (B, Cs, H, W) and target (B, 1, H, W), augmented; ``step`` counts from 0.
 
         share : of the budget that is used, in [0, 1). The caller enters autocast; losses are float32.
         """
-        raise NotImplementedError
 
     def end(self) -> None:
         """After the last step."""
 
+    @abstractmethod
     def translate(self, sources: Tensor) -> Tensor:
         """(B, Cs, H, W), any sides -> (B, 1, H, W) float32. The same every time, whatever else is in the batch."""
-        raise NotImplementedError
 
     def parameter_count(self) -> int:
         """Of what is needed to translate."""

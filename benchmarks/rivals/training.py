@@ -19,7 +19,7 @@ from benchmarks.rivals.base import Rival
 from phmdiff_fast import attention, blocks
 from phmdiff_fast.augment import manner
 from phmdiff_fast.baselines import training_batch
-from phmdiff_fast.cache import SliceCache, batch_rows
+from phmdiff_fast.cache import SliceCache
 from phmdiff_fast.config import DataConfig, TrainConfig
 from phmdiff_fast.device import autocast, kept_memory
 from phmdiff_fast.loader import Resident
@@ -104,12 +104,7 @@ def _seconds_a_step(rival: Rival, batch_at: Callable[[int], tuple], config: Trai
 @contextmanager
 def _batches(cache, rows, config: TrainConfig, device, how: dict) -> Iterator[Callable[[int], tuple[Tensor, Tensor]]]:
     """step -> sources and target of it, augmented; the slices lie where our own trainer keeps them."""
-
-    def rows_at(step: int) -> np.ndarray:
-        return rows[batch_rows(len(rows), config.batch_size, seed=config.seed, step=step)]
-
-    on_gpu = config.data_device == "cuda"
-    with Resident(cache, rows, rows_at, device) if on_gpu else nullcontext() as resident:
+    with Resident(cache, rows, None, device) if config.data_device == "cuda" else nullcontext() as resident:
         yield lambda step: training_batch(cache, rows, config, step, device, how, resident)
 
 
