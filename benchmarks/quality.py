@@ -191,7 +191,7 @@ class Bench:
                      "flops_step": (1 - share) * flops[0] + share * flops[1]}  # fmt: skip
             for how in row.sampling:
                 settings = config.sample.model_copy(update=sampling(how))
-                yield how, lambda sources, settings=settings: predict(run, sources, settings), facts
+                yield how, lambda sources, settings=settings: predict(run, sources, settings).mean, facts
 
     def _rival(self, job: Job, config: Config, val, cache, rows) -> Iterator[tuple[str, Callable, dict]]:
         if job.row == "lookup":

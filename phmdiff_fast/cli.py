@@ -19,7 +19,12 @@ RUN = click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                       help="Where to compute.")  # fmt: skip
 STEPS = click.option("--steps", type=int, help="Sampling steps; 1 is the direct estimate.  [default: the run's]")
-SAMPLER = click.option("--sampler", type=click.Choice(["ddim", "ddpm"]), help="How to step.  [default: the run's]")
+SAMPLER = click.option("--sampler", type=click.Choice(["ddim", "dpm++", "unipc", "heun", "ddpm"]),
+                       help="How to step.  [default: the run's]")  # fmt: skip
+SAMPLES = click.option("--samples", type=click.IntRange(1, 1024), metavar="K", help="Mean of K syntheses from other "
+                       "noise each; from 2 on, how far they lie apart too.  [default: the run's]")  # fmt: skip
+BACKGROUND = click.option("--skip-background/--no-skip-background", default=None, help="Leave patches without "
+                          "foreground out of the transformer.  [default: the run's]")  # fmt: skip
 VIEWS = click.option("--views", type=click.IntRange(1, 2), help="2: the mean of the synthesis and that of the mirrored "
                      "sources, twice the work.  [default: the run's]")  # fmt: skip
 DETAIL = click.option("--detail", type=float, help="Fine structure times this: above 1 sharper, a little less exact.  "
@@ -50,7 +55,7 @@ def cli(debug: bool) -> None:
 
     Research use only, never a diagnosis.
     """
-    if click.get_current_context().invoked_subcommand in ("train", "sample", "evaluate", "ablate", "demo"):
+    if click.get_current_context().invoked_subcommand in ("train", "sample", "evaluate", "ablate", "distill", "demo"):
         from .kernel_caches import private_kernel_caches
 
         for line in private_kernel_caches():
@@ -196,6 +201,10 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 @SAMPLER
 @VIEWS
 @DETAIL
+@SAMPLES
+@BACKGROUND
+@click.option("--also", multiple=True, type=click.Path(path_type=Path), metavar="RUN", help="Average with this run's "
+              "volume too, such as one trained on another axis (repeat).")  # fmt: skip
 @click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
 @click.option("--batch-size", type=int, help="Slices at a time.  [default: the run's]")
 @NAN
@@ -203,12 +212,13 @@ def train(data, sources, target, out, preset, minutes, steps, image_size, axis, 
 @OVERWRITE
 @DEVICE
 @QUIET
-def sample(run, inputs, out, steps, sampler, views, detail, seed, batch_size, nan, max_volume_gib, overwrite, device,
-           quiet) -> None:  # fmt: skip
+def sample(run, inputs, out, steps, sampler, views, detail, samples, skip_background, also, seed, batch_size,
+           nan, max_volume_gib, overwrite, device, quiet) -> None:  # fmt: skip
     """Synthesize the missing contrast of each INPUT with a trained RUN.
 
     INPUT is a scan (runs with one source), a subject's folder, or a whole cohort. Each volume is
-    written on its input's grid as <subject>_<contrast>_syn.nii.gz, with a JSON sidecar.
+    written on its input's grid as <subject>_<contrast>_syn.nii.gz, with a JSON sidecar; with --samples 2
+    or more also their standard deviation, <subject>_<contrast>_syn_std.nii.gz.
     """
     from .device import pick_device
     from .distributed import processes
@@ -218,16 +228,21 @@ def sample(run, inputs, out, steps, sampler, views, detail, seed, batch_size, na
     with processes(pick_device(device)) as ranks:
         with ranks.told_once():
             opened = load(run, device=device, warn=_warn if ranks.first else None)
-            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, detail=detail,
-                                              seed=seed, batch_size=batch_size)  # fmt: skip
-        with bar(len(inputs), "synthesizing", ranks.first and not quiet) as meter:
+            over = dict(steps=steps, sampler=sampler, views=views, detail=detail, seed=seed, samples=samples,
+                        skip_background=skip_background, batch_size=batch_size)  # fmt: skip
+            settings = opened.sample_settings(**over)
+            others = [load(folder, device=device, warn=_warn if ranks.first else None) for folder in also]
+            others = [(other, other.sample_settings(**over)) for other in others]
+            if ranks.first:
+                _warn_of_equal_samples(opened, settings)
+        with share_bar("synthesizing", ranks.first and not quiet) as meter:
 
-            def count(subject: str, done: int, total: int) -> None:
-                meter.total = total
-                meter.update(done - meter.n)
+            def count(subject: str, done: float, total: int) -> None:
+                meter.note(f"{subject}, {min(total, int(done) + 1)} of {total}")
+                meter.at(done / total)
 
             written = synthesize_all(opened, inputs, out, settings, nan=nan, max_gib=max_volume_gib,
-                                     overwrite=overwrite, progress=count, ranks=ranks)  # fmt: skip
+                                     overwrite=overwrite, progress=count, ranks=ranks, also=others)  # fmt: skip
         for path in written if ranks.first else ():
             click.echo(path)
 
@@ -245,34 +260,46 @@ def sample(run, inputs, out, steps, sampler, views, detail, seed, batch_size, na
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the table and each person's figures.")
 @click.option("--on", "part", type=click.Choice(["test", "val", "train"]), default="test", show_default=True,
               help="Which people of the run's split.")  # fmt: skip
+@click.option("--calibration", type=click.Path(path_type=Path), metavar="PNG", help="With --samples 2 or more: draw "
+              "the error over the deviation that was predicted.")  # fmt: skip
 @STEPS
 @SAMPLER
 @VIEWS
 @DETAIL
+@SAMPLES
+@BACKGROUND
 @click.option("--seed", type=int, help="Seed of the noise.  [default: the run's]")
 @NAN
 @MAX_GIB
 @OVERWRITE
 @DEVICE
 @QUIET
-def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, views, detail, seed, nan,
-             max_volume_gib, overwrite, device, quiet) -> None:  # fmt: skip
+def evaluate(run, data, protocols, baselines, json_file, part, calibration, steps, sampler, views, detail, samples,
+             skip_background, seed, nan, max_volume_gib, overwrite, device, quiet) -> None:  # fmt: skip
     """Score a RUN on people it has not seen, at the run's image size; mean and deviation over people."""
+    from dataclasses import asdict
+
+    from . import pictures
     from .device import pick_device
     from .distributed import processes
+    from .evaluate import calibration_of, write_table
     from .evaluate import evaluate as score
-    from .evaluate import write_table
     from .files import refuse_existing
     from .generate import load
     from .report import format_table
 
     with processes(pick_device(device)) as ranks:
         with ranks.told_once():
-            if json_file is not None:
-                refuse_existing(json_file, overwrite)  # before the long work, not after it
+            for path in (json_file, calibration):  # before the long work, not after it
+                if path is not None:
+                    refuse_existing(path, overwrite)
             opened = load(run, device=device, warn=_warn if ranks.first else None)
-            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, detail=detail,
-                                              seed=seed)  # fmt: skip
+            settings = opened.sample_settings(steps=steps, sampler=sampler, views=views, detail=detail, seed=seed,
+                                              samples=samples, skip_background=skip_background)  # fmt: skip
+            if calibration is not None and settings.samples < 2:
+                raise PhmdiffError("USAGE", "--calibration needs several samples", "add --samples 8", exit_code=USAGE)
+            if ranks.first:
+                _warn_of_equal_samples(opened, settings)
         with share_bar("training the U-Net baseline", baselines and ranks.first and not quiet) as meter:
             result = score(opened, data, settings, protocols=protocols or ("phmdiff-slice", "brain"), part=part,
                            nan=nan, max_gib=max_volume_gib, baselines=baselines, progress=meter.at,
@@ -284,13 +311,19 @@ def evaluate(run, data, protocols, baselines, json_file, part, steps, sampler, v
         click.echo(f"{'+'.join(opened.sources)} -> {opened.target}, {part} people: {who}")
         how = f"{settings.steps} sampling step(s)" + " x 2 views" * (settings.views == 2)
         how += f", detail x {settings.detail:g}" * (settings.detail != 1)
+        how += f", mean of {settings.samples} samples" * (settings.samples > 1)
         click.echo(f"scored at {size}x{size}, {how}")
         click.echo(format_table(result.rows))
         if result.unet_steps is not None:
             click.echo(f"model: {opened.found.step} steps, U-Net: {result.unet_steps} steps, "
                        f"{opened.found.manifest['seconds']:.0f} s each")  # fmt: skip
+        found = calibration_of(result) if settings.samples > 1 else None
+        if found is not None:
+            click.echo(found.line())
+        if calibration is not None:
+            click.echo(f"open {pictures.calibration(calibration, found).resolve()}")
         if json_file is not None:
-            write_table(json_file, result, overwrite=overwrite)
+            write_table(json_file, result, overwrite=overwrite, more=found and {"calibration": asdict(found)})
 
 
 @cli.command()
@@ -342,6 +375,29 @@ def ablate(data, sources, target, out, preset, minutes, steps, rows, part, image
 
 
 @cli.command()
+@RUN
+@DATA
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run folder of the student; goes on.")
+@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Sampling steps of the student.")
+@click.option("--minutes", type=float, help="Wall-clock budget of its training.")
+@click.option("--train-steps", type=int, help="Optimizer steps, instead of --minutes.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="One setting, e.g. train.lr=5e-4 (repeat).")
+@DEVICE
+@QUIET
+def distill(run, data, out, steps, minutes, train_steps, settings, device, quiet) -> None:
+    """Teach one network what a RUN's members, views and steps give together: as good, in few steps.
+
+    DATA is the cohort the run was trained on; the student trains on the same people. Its run folder is used like
+    any other, by sample and evaluate. The same command goes on where it was stopped.
+    """
+    from .config import parse_set
+    from .distill import distill as run_distillation
+
+    run_distillation(run, data, out, steps=steps, minutes=minutes, train_steps=train_steps,
+                     settings=parse_set(settings), device=device, progress=not quiet)  # fmt: skip
+
+
+@cli.command()
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo_out"), show_default=True, help="Folder.")
 @click.option("--minutes", type=float, default=3.5, show_default=True, help="Training time (the U-Net takes as long).")
 @click.option("--subjects", type=click.IntRange(5, 500), default=12, show_default=True, help="Simulated patients.")
@@ -370,6 +426,14 @@ def doctor() -> None:
 def _names(items) -> list[str]:
     """("t1", "t2,flair") -> ["t1", "t2", "flair"]."""
     return [name for item in items for name in item.split(",") if name]
+
+
+def _warn_of_equal_samples(run, settings) -> None:
+    """One step of a regression forgets the noise."""
+    if settings.samples > 1 and settings.steps == 1 and run.model.usable == 1:
+        say(
+            "with one step and one member all samples are nearly the same image: --steps 10 --sampler ddpm spreads them"
+        )
 
 
 def _warn(line: str) -> None:

@@ -156,6 +156,8 @@ class TrainConfig(Settings):
     ema: float = Field(0.99, ge=0, lt=1)
     finetune_share: float = Field(0.4, ge=0, le=1)  # last share of the budget is unmasked (III.B.3)
     last_t_share: float = Field(0.8, ge=0, le=1)  # of samples at t = T - 1, where 1-step sampling looks
+    # t is one of the timesteps that a sampler of so many steps asks for, and no other (``distill``).
+    only_steps: int | None = Field(None, ge=1)
     loss: Literal["l2", "l1"] = "l2"
     ssim_weight: float = Field(0.0, ge=0)  # of 1 - SSIM of the x0 estimate, at levels of 11 pixels a side and more
     mmd_weight: float = Field(0.05, ge=0)  # lambda of L_low + L_mid + L_high (Eq. 6)
@@ -198,10 +200,14 @@ class TrainConfig(Settings):
 
 class SampleConfig(Settings):
     steps: int = Field(1, ge=1)
-    sampler: Literal["ddim", "ddpm"] = "ddim"  # steps = 1 is the x0 estimate at t = T
+    sampler: Literal["ddim", "dpm++", "unipc", "heun", "ddpm"] = "ddim"  # steps = 1 is the x0 estimate at t = T
     coarse_t: int = Field(0, ge=0)  # coarse="teacher": noise put on the coarser estimate, as in training
     detail: float = Field(1.0, ge=0.5, le=2)  # times this: what a mean over 3 x 3 pixels takes from the image
     views: Literal[1, 2] = 1  # 2: the mean with what the mirrored sources give, mirrored back; twice the work
+    samples: int = Field(1, ge=1, le=1024)  # so many, each from other noise, are averaged
+    # x0 only: patches without foreground do not enter the transformer; an empty slice's stand in their place.
+    skip_background: bool = True
+    cuda_graph: Literal["auto", "off"] = "auto"  # a batch of slices as one launch, from the third of its shape on
     batch_size: int = Field(32, ge=1)
     seed: int = Field(0, ge=0, lt=2**32)
 

@@ -6,6 +6,7 @@ Symbols: abar = cumulative alpha; y clean, y_t noised; per-sample quantities are
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,13 @@ def cosine_betas(timesteps: int) -> Tensor:
     return (1 - f[1:] / f[:-1]).clamp_max(MAX_BETA)
 
 
+def trailing_timesteps(total: int, steps: int) -> list[int]:
+    """``steps`` timesteps from ``total`` - 1 down, evenly spaced, the last gap ending before 0."""
+    if not 1 <= steps <= total:
+        raise ValueError(f"need 1 <= steps <= {total}, got {steps}")
+    return [round(total - i * (total / steps)) - 1 for i in range(steps)]
+
+
 class Schedule(nn.Module):
     """Betas and their cumulative products.
 
@@ -50,17 +58,28 @@ class Schedule(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
+    @cached_property
+    def table(self) -> list[float]:
+        """``abar`` for samplers, which need its values: a GPU is waited for once."""
+        return self.abar.tolist()
+
     def forward(self, t: Tensor) -> Tensor:
         """int64 timesteps of any shape -> float32 abar of that shape."""
         return self.abar[t]
 
-    def draw(self, sample_ids: Tensor, rng, last_share: float = 0.0, *, level: int = 0) -> Tensor:
+    def draw(
+        self, sample_ids: Tensor, rng, last_share: float = 0.0, *, level: int = 0, only: int | None = None
+    ) -> Tensor:  # fmt: skip
         """Timesteps (B,) int64 in [0, T), a pure function of (seed, sample, step).
 
         Uniform; a share ``last_share`` of them is T - 1 instead, where 1-step sampling looks (ours).
         level: another one gives an independent draw (a t per level); lockstep uses 0 for all.
+        only: so many trailing timesteps alone, equally often, where a sampler of as many steps looks.
         """
         words = _philox.integers(sample_ids, 2 * level + 2, rng=rng, stream=_philox.TIMESTEP)
+        if only is not None:
+            number = (words[:, 2 * level] * only) >> 32
+            return torch.round(self.timesteps - number.double() * (self.timesteps / only)).long() - 1
         last = words[:, 2 * level + 1] < int(last_share * 2**32)
         return torch.where(last, self.timesteps - 1, (words[:, 2 * level] * self.timesteps) >> 32)
 

@@ -17,7 +17,7 @@ from .data import Cohort, discover, load_subject, select_subjects
 from .distributed import Alone
 from .errors import DATA, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
-from .generate import Run, foreground_slices, in_plane, predict, scaled_slices, source_slices
+from .generate import Run, Slices, foreground_slices, in_plane, predict, scaled_slices, source_slices
 from .progress import say
 from .run_folder import read_split
 
@@ -26,17 +26,20 @@ METHODS = ("ours", "lookup", "unet_l1")
 
 @dataclass
 class Case:
-    """One person on the network's grid: sources (Z, Cs, S, S), target (Z, S, S), foreground (Z, S, S) bool."""
+    """One person on the network's grid: sources (Z, Cs, S, S), target (Z, S, S), foreground (Z, S, S) bool, and
+    ``touched``, the pixels that any part of the foreground lies in."""
 
     subject: str
     sources: np.ndarray
     target: np.ndarray
     foreground: np.ndarray
+    touched: np.ndarray
 
 
 @dataclass
 class Evaluation:
-    """``rows`` for the table; ``values[method][protocol][subject][metric]``; ``made[method][subject]`` (Z, S, S).
+    """``rows`` for the table; ``values[method][protocol][subject][metric]``; ``made[method][subject]`` (Z, S, S);
+    ``ours[subject]``, the model's mean and, of several samples, deviation.
 
     With several processes process 0 has them; in the others they are empty.
     """
@@ -46,6 +49,7 @@ class Evaluation:
     made: dict
     cases: list[Case]
     unet_steps: int | None
+    ours: dict[str, Slices]
 
 
 def load_case(
@@ -60,7 +64,8 @@ def load_case(
                            **run.reading(nan, max_gib))  # fmt: skip
     plane = in_plane(run, subject)
     target = scaled_slices(run, subject, run.target, plane)
-    return Case(subject_id, source_slices(run, subject, plane), target, foreground_slices(subject.foreground, plane))
+    return Case(subject_id, source_slices(run, subject, plane), target, foreground_slices(subject.foreground, plane),
+                foreground_slices(subject.foreground, plane, any_part=True))  # fmt: skip
 
 
 def people(run: Run, cohort: Cohort, part: str) -> list[str]:
@@ -74,11 +79,9 @@ def people(run: Run, cohort: Cohort, part: str) -> list[str]:
     return select_subjects(cohort, run.config.data, chosen)
 
 
-def predictors(
-    run: Run, cohort: Cohort, settings: SampleConfig, baselines: bool, progress, ranks: Alone | None = None
-) -> tuple[dict, int | None]:
-    """method -> function (sources (Z, Cs, S, S)) -> (Z, S, S); and the U-Net's steps."""
-    out: dict[str, Callable] = {"ours": lambda sources: predict(run, sources, settings, ranks=ranks)}
+def predictors(run: Run, cohort: Cohort, baselines: bool, progress) -> tuple[dict, int | None]:
+    """method -> function (sources (Z, Cs, S, S)) -> (Z, S, S) of the baselines; and the U-Net's steps."""
+    out: dict[str, Callable] = {}
     if not baselines:
         return out, None
     split = read_split(run.folder)
@@ -137,13 +140,18 @@ def evaluate(
         if problems:
             raise DataErrors(problems)
     with ranks.busy():
-        functions, unet_steps = predictors(run, cohort, settings, baselines and ranks.first, progress, ranks)
-    ours = {case.subject: functions["ours"](case.sources) for case in cases}  # all processes at once
-    evaluation = Evaluation([], {}, {}, cases, None)
+        functions, unet_steps = predictors(run, cohort, baselines and ranks.first, progress)
+    engine = run.engine(settings)
+    ours = {
+        case.subject: predict(run, case.sources, settings, foreground=case.touched, ranks=ranks, engine=engine)
+        for case in cases  # all processes at once
+    }
+    evaluation = Evaluation([], {}, {}, cases, None, {})
     if ranks.first:
         with ranks.busy():
-            rows, values, made = _scored(run, cases, {**functions, "ours": ours.get}, protocols, keep_images)
-            evaluation = Evaluation(rows, values, made, cases, unet_steps)
+            functions = {"ours": lambda subject: ours[subject].mean, **functions}
+            rows, values, made = _scored(run, cases, functions, protocols, keep_images)
+            evaluation = Evaluation(rows, values, made, cases, unet_steps, ours)
     ranks.max(0.0)  # the others wait for it
     return evaluation
 
@@ -169,12 +177,55 @@ def _scored(run: Run, cases: list[Case], functions: dict, protocols: tuple[str, 
     return rows, values, made
 
 
-def write_table(path, evaluation: Evaluation, *, overwrite: bool = False) -> None:
-    """The JSON of ``evaluate --json``: {"rows": [...], "subjects": {...}}. Raises OUTPUT_EXISTS (exit 2)."""
+@dataclass
+class Calibration:
+    """How the error follows the deviation that was predicted, over the foreground pixels of all people.
+
+    deviation, error, pixels : a bin each, equally many pixels in each: root mean square of the predicted
+    deviation and of the error, in normalised units (of a range of 2). ratio : root mean square error over that of
+    the deviations; 1 is calibrated, more is too sure. rank_correlation : Spearman's, of |error| and deviation, pixel
+    by pixel.
+    """
+
+    deviation: list[float]
+    error: list[float]
+    pixels: list[int]
+    ratio: float
+    rank_correlation: float
+
+    def line(self) -> str:
+        return (f"predicted deviation: error / deviation {self.ratio:.2f} (1 is calibrated, more is too sure), "
+                f"rank correlation {self.rank_correlation:.2f}, {sum(self.pixels):,} foreground pixels")  # fmt: skip
+
+
+def calibration_of(evaluation: Evaluation, bins: int = 15) -> Calibration:
+    """Of an evaluation with several samples. Raises ValueError for one without."""
+    from scipy.stats import spearmanr
+
+    spread, wrong = [], []
+    for case in evaluation.cases:
+        ours = evaluation.ours[case.subject]
+        if ours.deviation is None:
+            raise ValueError("one sample has no deviation")
+        spread.append(ours.deviation[case.foreground])
+        wrong.append(np.abs(ours.mean - case.target)[case.foreground])
+    spread, wrong = (np.concatenate(parts).astype(np.float64) for parts in (spread, wrong))
+    parts = [part for part in np.array_split(np.argsort(spread, kind="stable"), bins) if len(part)]
+    return Calibration(
+        [float(np.sqrt(np.mean(spread[part] ** 2))) for part in parts],
+        [float(np.sqrt(np.mean(wrong[part] ** 2))) for part in parts],
+        [len(part) for part in parts],
+        float(np.sqrt(np.mean(wrong**2) / max(np.mean(spread**2), 1e-24))),
+        float(spearmanr(spread, wrong).statistic),
+    )
+
+
+def write_table(path, evaluation: Evaluation, *, overwrite: bool = False, more: dict | None = None) -> None:
+    """The JSON of ``evaluate --json``: {"rows": [...], "subjects": {...}}, and ``more``. Raises OUTPUT_EXISTS (2)."""
     path = Path(path)
     refuse_existing(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, _strict({"rows": evaluation.rows, "subjects": evaluation.values}))
+    write_json(path, _strict({"rows": evaluation.rows, "subjects": evaluation.values, **(more or {})}))
 
 
 def _strict(value):

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from . import __version__, checkpoint
+from .background import batches, plain_batches
 from .config import Config, SampleConfig, build_config, read_config
 from .data import Cohort, Subject, discover, load_subject, subject_of
-from .device import autocast, pick_device, pick_precision
+from .device import pick_device, pick_precision
 from .distributed import Alone
+from .engine import Engine
 from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
 from .grid import SLICE_AXIS, InPlane, Scaling, fill_for, scaling_for, stack_context
@@ -23,6 +25,24 @@ from .nifti import image_volume, to_image, write_volume
 from .phmdiff import PHMDiff
 from .progress import say
 from .run_folder import read_facts
+from .streaming import Behind, read_ahead
+
+
+@dataclass
+class Slices:
+    """mean, deviation : (Z, S, S) float32, normalised; deviation None where one image alone was made."""
+
+    mean: np.ndarray
+    deviation: np.ndarray | None = None
+
+
+@dataclass
+class Volumes:
+    """mean, deviation : (X, Y, Z) float32 in the run's units, as ``Slices``."""
+
+    mean: np.ndarray
+    deviation: np.ndarray | None = None
+
 
 RESEARCH_ONLY = "synthetic image, for research only, never for diagnosis"
 
@@ -58,6 +78,10 @@ class Run:
         return build_config("xs", {"data": {"axis": self.config.data.axis},
                                    "sample": {**self.config.sample.model_dump(), **given}}).sample  # fmt: skip
 
+    def engine(self, settings: SampleConfig) -> Engine:
+        """What synthesizes with these settings, to be kept from volume to volume."""
+        return Engine(self.model, settings, self.dtype)
+
     def reading(self, nan: str | None = None, max_gib: float | None = None) -> dict:
         """How scans are read (``nan`` and ``max_gib`` of ``nifti.read_volume``): as given, else as in training."""
         data = self.config.data
@@ -71,15 +95,32 @@ class Run:
             there is one
         nan : "raise" refuses NaN and Inf voxels, "zero" sets them to 0; max_gib : the largest scan that is
             read, counted as float32; both as in training where they are not given
-        settings : ``steps``, ``sampler``, ``seed``, ``batch_size``, laid over the run's own
+        settings : ``steps``, ``sampler``, ``seed``, ``batch_size`` and the like (``SampleConfig``), laid over the
+            run's own
         Returns a nibabel Nifti1Image, float32, on the grid and affine of the first source: HU for CT, else
         arbitrary units. ``progress(slices)`` is called after each batch. Raises PhmdiffError (2 a contrast
         that is not a source or a bad setting, 3 data).
         """
+        return self._translated(images, nan, max_gib, progress, settings)[0]
+
+    def uncertainty(self, images: dict, *, samples: int, nan: str | None = None, max_gib: float | None = None,
+                    progress=None, **settings):  # fmt: skip
+        """``translate`` with so many ``samples`` (2 or more), and how far they lie apart.
+
+        Returns two nibabel images: the mean over samples, members and views, and their standard deviation, in the
+        same units. Otherwise as ``translate``.
+        """
+        mean, deviation = self._translated(images, nan, max_gib, progress, {**settings, "samples": samples})
+        if deviation is None:
+            raise PhmdiffError("SAMPLES", "one sample has no deviation", "give samples=2 or more", exit_code=USAGE)
+        return mean, deviation
+
+    def _translated(self, images: dict, nan, max_gib, progress, settings: dict):
         asked = self.sample_settings(**settings)
         subject = _subject_of(self, images, self.reading(nan, max_gib))
-        volume = synthesize(self, subject, asked, progress=progress)
-        return to_image(volume, subject.grid)
+        made = synthesize(self, subject, asked, progress=progress)
+        spread = None if made.deviation is None else to_image(made.deviation, subject.grid)
+        return to_image(made.mean, subject.grid), spread
 
 
 def load(folder, *, device: str = "auto", warn=None) -> Run:
@@ -122,9 +163,10 @@ def source_slices(run: Run, subject: Subject, plane: InPlane) -> np.ndarray:
     return stack_context(sources, run.config.data.context_slices)
 
 
-def foreground_slices(foreground: np.ndarray, plane: InPlane) -> np.ndarray:
-    """The foreground (X, Y, Z) on the network's grid: (Z, S, S) bool, where half of a pixel is inside."""
-    return plane.to_grid(foreground.astype(np.float32), 0.0) >= 0.5
+def foreground_slices(foreground: np.ndarray, plane: InPlane, any_part: bool = False) -> np.ndarray:
+    """The foreground (X, Y, Z) on the network's grid: (Z, S, S) bool, where half of a pixel is inside, or any part."""
+    share = plane.to_grid(foreground.astype(np.float32), 0.0)
+    return share > 0 if any_part else share >= 0.5
 
 
 def in_plane(run: Run, subject: Subject) -> InPlane:
@@ -132,55 +174,74 @@ def in_plane(run: Run, subject: Subject) -> InPlane:
 
 
 def predict(
-    run: Run, sources: np.ndarray, settings: SampleConfig, *, first: int = 0, progress=None, ranks: Alone | None = None
-) -> np.ndarray:
+    run: Run, sources: np.ndarray, settings: SampleConfig, *, foreground: np.ndarray | None = None, first: int = 0,
+    progress=None, ranks: Alone | None = None, engine: Engine | None = None,
+) -> Slices:  # fmt: skip
     """Synthesize slices. sources (Z, Cs, S, S) in [-1, 1] -> (Z, S, S) float32 in [-1, 1].
 
+    ``foreground`` (Z, S, S) bool lets patches without any be left out (``settings.skip_background``).
     ``first`` is the number of the first slice in its volume; slice z takes noise number z, so the
     same seed gives the same volume whatever the batch. Several processes (``ranks``) each call this with the same,
     take the batches of one process in turn, and all get the same bits as one. ``progress(slices)`` hears of this
-    process' own batches.
+    process' own batches. ``engine``: one of these settings, kept from volume to volume.
     """
     ranks = ranks or Alone()
     with ranks.told_once():
         if settings.steps > run.model.schedule.timesteps:
             what = f"{settings.steps} steps are more than the run's {run.model.schedule.timesteps} timesteps"
             raise PhmdiffError("STEPS", what, "lower --steps", exit_code=USAGE)
-    starts = range(0, len(sources), settings.batch_size)
+    engine = engine or run.engine(settings)
+    parts = plain_batches(len(sources), settings.batch_size)
+    if foreground is not None and engine.skips:
+        model = run.config.model
+        parts = batches(foreground, settings.batch_size, patch=model.patch, levels=len(model.levels),
+                        views=settings.views, context=run.config.data.context_slices)  # fmt: skip
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(run.device)
 
     def work(i: int) -> list[torch.Tensor]:
-        start = starts[i]
-        part = torch.from_numpy(np.ascontiguousarray(sources[start : start + settings.batch_size])).to(run.device)
-        ids = torch.arange(first + start, first + start + len(part), device=run.device)
-        with autocast(run.device, run.dtype):
-            image = run.model.translate(part, ids, settings)[0]
-        made = image[:, 0].float().cpu()
+        part = parts[i]
+        kept = part.kept and [[k if k is None else on_device(k) for k in view] for view in part.kept]
+        made = engine(on_device(sources[part.rows]), on_device(first + part.rows), kept)
+        images = [made.levels[0]] if made.deviation is None else [made.levels[0], made.deviation]
         if progress is not None:
-            progress(len(part))
-        return [made]
+            progress(len(part.rows))
+        return [image[:, 0].float().cpu() for image in images]
 
-    sizes = [min(settings.batch_size, len(sources) - start) for start in starts]
-    return ranks.deal(sizes, work)[0].numpy()
+    made = ranks.deal([len(part.rows) for part in parts], work)
+    order = torch.from_numpy(np.argsort(np.concatenate([part.rows for part in parts])))
+    mean, *deviation = (images[order].numpy() for images in made)
+    return Slices(mean, *deviation)
 
 
 def synthesize(
-    run: Run, subject: Subject, settings: SampleConfig, *, progress=None, ranks: Alone | None = None
-) -> np.ndarray:
+    run: Run, subject: Subject, settings: SampleConfig, *, progress=None, ranks: Alone | None = None,
+    engine: Engine | None = None,
+) -> Volumes:  # fmt: skip
     """The missing contrast of a subject on its own RAS grid, (X, Y, Z) float32.
 
     MR: arbitrary units, the normalised value in [0, 1] times the training set's median 99.5 percentile;
     0 outside the foreground. CT: HU; the window's low end where no slice was computed and, if the
-    subject has a mask, outside it. Slices without foreground are not computed. ``ranks`` as of ``predict``.
+    subject has a mask, outside it. Slices without foreground are not computed. ``ranks``, ``engine`` as of ``predict``.
     """
     plane = in_plane(run, subject)
     sources = source_slices(run, subject, plane)
+    inside = foreground_slices(subject.foreground, plane, any_part=True)
     across = tuple(axis for axis in range(3) if axis != SLICE_AXIS[run.config.data.axis])
     used = np.flatnonzero(subject.foreground.any(across))
     slices = np.full((len(sources), *sources.shape[2:]), -1, np.float32)
+    spread = np.zeros_like(slices)
+    several = settings.samples > 1
     if len(used):
         low, high = used[0], used[-1] + 1
-        slices[low:high] = predict(run, sources[low:high], settings, first=int(low), progress=progress, ranks=ranks)
-    return in_own_units(run, plane.from_grid(slices, -1.0), subject)
+        made = predict(run, sources[low:high], settings, foreground=inside[low:high], first=int(low),
+                       progress=progress, ranks=ranks, engine=engine)  # fmt: skip
+        slices[low:high] = made.mean
+        if several := made.deviation is not None:
+            spread[low:high] = made.deviation
+    volume = in_own_units(run, plane.from_grid(slices, -1.0), subject)
+    return Volumes(volume, _spread_in_own_units(run, plane.from_grid(spread, 0.0), subject) if several else None)
 
 
 def in_own_units(run: Run, volume: np.ndarray, subject: Subject) -> np.ndarray:
@@ -191,6 +252,13 @@ def in_own_units(run: Run, volume: np.ndarray, subject: Subject) -> np.ndarray:
         return np.where(subject.foreground, hu, np.float32(window.lo)) if subject.masked else hu
     unit = np.where(subject.foreground, (volume + 1) / 2, 0)
     return (unit.clip(0, 1) * run.facts["median_p995"]).astype(np.float32)
+
+
+def _spread_in_own_units(run: Run, deviation: np.ndarray, subject: Subject) -> np.ndarray:
+    """A deviation (X, Y, Z) of normalised values in the units of ``in_own_units``; 0 outside the foreground."""
+    low, high = run.config.data.hu_window if run.units == "HU" else (0, run.facts["median_p995"])
+    inside = subject.foreground if run.units != "HU" or subject.masked else True
+    return np.where(inside, deviation * np.float32((high - low) / 2), 0).astype(np.float32)
 
 
 def _subject_of(run: Run, images: dict, how: dict) -> Subject:
@@ -234,17 +302,23 @@ def _inputs(run: Run, inputs: list[Path]) -> Cohort:
 def sample(
     run: Run, inputs, out, settings: SampleConfig, *, nan: str | None = None, max_gib: float | None = None,
     overwrite: bool = False, progress=None, ranks: Alone | None = None,
+    also: list[tuple[Run, SampleConfig]] | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write ``<subject>_<target>_syn.nii.gz`` and a JSON sidecar for every subject of ``inputs``.
 
-    The volume lies on the input's own grid, with its affine. Missing contrasts and existing outputs
-    are refused before anything is written. ``nan`` and ``max_gib`` as of ``Run.translate``.
-    ``progress(subject, done, total)`` is called after each subject. Several processes (``ranks``) each call this
-    and share the slices of every volume; process 0 writes. Returns the volumes' paths. Raises
-    PhmdiffError (2 usage and existing output, 3 data, 74 disk).
+    The volume lies on the input's own grid, with its affine. Where it is the mean of several (samples, members,
+    views) and ``settings.samples`` is 2 or more, ``<subject>_<target>_syn_std.nii.gz`` holds their deviation. Missing
+    contrasts and existing outputs are refused before anything is written. ``nan`` and ``max_gib`` as of
+    ``Run.translate``. ``progress(subject, done, total)`` is called after each batch of slices; done counts subjects,
+    the one in work by its share. The next subject is read and the last one written meanwhile; more are never held.
+    Several processes (``ranks``) each call this and share the slices of every volume; process 0 writes. ``also`` :
+    further runs, such as those of the other two axes, each with its settings, whose volumes are averaged with this
+    one's. Returns the volumes' paths. Raises PhmdiffError (2 usage and existing output, 3 data, 74 disk).
     """
-    out, ranks = Path(out), ranks or Alone()
+    out, ranks, also = Path(out), ranks or Alone(), also or []
     with ranks.told_once():
+        for other, _ in also:
+            _refuse_other_task(run, other)
         cohort = _inputs(run, [Path(p) for p in inputs])
         gaps = [
             PhmdiffError("MISSING_CONTRAST", f"has no {c} (it has {', '.join(sorted(has)) or 'nothing'})",
@@ -258,36 +332,106 @@ def sample(
         names = {subject: out / f"{subject}_{run.target}_syn.nii.gz" for subject in cohort.files}
         for path in names.values():
             refuse_existing(path, overwrite)
+            if settings.samples > 1:
+                refuse_existing(_beside(path, "_std.nii.gz"), overwrite)
+
+    def read(subject_id: str) -> Subject:
+        return load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False,
+                            allow_constant=True, **run.reading(nan, max_gib))  # fmt: skip
+
     digest = run.found.digest("ema")
-    for done, (subject_id, path) in enumerate(names.items(), 1):
-        with ranks.told_once():
-            subject = load_subject(cohort, subject_id, run.sources, foreground_from=run.sources[0], with_seg=False,
-                                   allow_constant=True, **run.reading(nan, max_gib))  # fmt: skip
-        empty = [c for c in run.sources if subject.images[c].min() == subject.images[c].max()]
-        if empty:
-            air = run.config.data.hu_window[0] if run.units == "HU" else 0.0
+    teams = [(one, how, one.engine(how)) for one, how in [(run, settings), *also]]
+    with Behind() as behind:
+        for done, (subject_id, fetch) in enumerate(read_ahead(names, read)):
+            with ranks.told_once():
+                behind.wait()
+                subject = fetch()
+            told = _Told(progress, subject_id, done, len(names), ranks)
+            each = [_synthesized(one, subject, how, told, ranks, engine, len(teams)) for one, how, engine in teams]
+            made = _averaged(each, [one for one, *_ in teams])
             if ranks.first:
-                say(f"{subject_id}/{empty[0]} holds one value only: the synthesized volume is {air:g} everywhere")
-            volume = np.full(subject.foreground.shape, air, np.float32)
-        else:
-            volume = synthesize(run, subject, settings, ranks=ranks)
-        if ranks.first:
-            with ranks.busy():
-                _write(run, path, subject_id, volume, subject.grid, settings, digest, overwrite)
-        if progress is not None:
-            progress(subject_id, done, len(names))
+                more = {"averaged_with": [one.found.digest("ema") for one, _ in also]} if also else {}
+                behind(
+                    _write, run, names[subject_id], subject_id, made, subject.grid, settings, digest, overwrite, more
+                )
+            told.end()
+            del subject, each, made
+        with ranks.busy():
+            behind.wait()
     return list(names.values())
 
 
-def _write(run: Run, path: Path, subject_id: str, volume, grid, settings: SampleConfig, digest: str, overwrite) -> None:
+class _Told:
+    """Counts the slices of a subject for ``progress(subject, done, total)``."""
+
+    def __init__(self, progress, subject: str, done: int, total: int, ranks: Alone):
+        self.progress, self.subject, self.done, self.total, self.world = progress, subject, done, total, ranks.world
+        self.seen = 0
+
+    def slices(self, count: int, of: int) -> None:
+        self.seen += count * self.world  # the other processes are about as far
+        if self.progress is not None:
+            self.progress(self.subject, self.done + min(1.0, self.seen / of), self.total)
+
+    def end(self) -> None:
+        if self.progress is not None:
+            self.progress(self.subject, self.done + 1, self.total)
+
+
+def _refuse_other_task(run: Run, other: Run) -> None:
+    """Raise OTHER_TASK (exit 2) unless both make the same of the same."""
+    tasks = [f"{'+'.join(one.sources)} -> {one.target} in {one.units}" for one in (run, other)]
+    if tasks[0] != tasks[1]:
+        raise PhmdiffError("OTHER_TASK", f"makes {tasks[1]}, and {run.folder} makes {tasks[0]}",
+                           "average runs of one task", exit_code=USAGE, file=other.folder)  # fmt: skip
+
+
+def _averaged(made: list[Volumes], runs: list[Run]) -> Volumes:
+    """The mean of several runs' volumes in the first one's units, and the deviation of all their images."""
+    if len(made) == 1:
+        return made[0]
+    first = runs[0]
+    scales = [1.0 if first.units == "HU" else first.facts["median_p995"] / one.facts["median_p995"] for one in runs]
+    means = np.stack([np.float32(scale) * one.mean for scale, one in zip(scales, made, strict=True)])
+    if any(one.deviation is None for one in made):
+        return Volumes(means.mean(0))
+    inside = np.mean([(scale * one.deviation) ** 2 for scale, one in zip(scales, made, strict=True)], axis=0)
+    return Volumes(means.mean(0), np.sqrt(inside + means.var(0)).astype(np.float32))
+
+
+def _synthesized(
+    run: Run, subject: Subject, settings: SampleConfig, told: _Told, ranks: Alone, engine: Engine, runs: int
+) -> Volumes:  # fmt: skip
+    """``synthesize``, but for a scan of one value, of which nothing can be made; one of so many ``runs``."""
+    empty = [c for c in run.sources if subject.images[c].min() == subject.images[c].max()]
+    if not empty:
+        depth = subject.foreground.shape[SLICE_AXIS[run.config.data.axis]]
+        return synthesize(run, subject, settings, ranks=ranks, engine=engine,
+                          progress=lambda count: told.slices(count, depth * runs))  # fmt: skip
+    air = run.config.data.hu_window[0] if run.units == "HU" else 0.0
+    if ranks.first:
+        say(f"{subject.id}/{empty[0]} holds one value only: the synthesized volume is {air:g} everywhere")
+    volume = np.full(subject.foreground.shape, air, np.float32)
+    return Volumes(volume, np.zeros_like(volume) if settings.samples > 1 else None)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    return path.with_name(path.name.removesuffix(".nii.gz") + ending)
+
+
+def _write(run: Run, path: Path, subject_id: str, made: Volumes, grid, settings: SampleConfig, digest: str, overwrite,
+           more: dict) -> None:  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_volume(path, volume, grid, overwrite=overwrite)
+    write_volume(path, made.mean, grid, overwrite=overwrite)
+    if settings.samples > 1:
+        write_volume(_beside(path, "_std.nii.gz"), made.deviation, grid, descrip="SYNTHETIC phmdiff-fast std",
+                     overwrite=overwrite)  # fmt: skip
     sidecar = {
         "subject": subject_id, "target": run.target, "sources": run.sources, "units": run.units,
         "note": RESEARCH_ONLY, "checkpoint_sha256": digest, "checkpoint_step": run.found.step,
         "seed": settings.seed, "steps": settings.steps, "sampler": settings.sampler, "views": settings.views,
-        "detail": settings.detail,
+        "samples": settings.samples, "detail": settings.detail, "skip_background": settings.skip_background,
         "members": run.model.usable,
-        "image_size": run.config.data.image_size, "phmdiff_fast": __version__,
+        "image_size": run.config.data.image_size, "phmdiff_fast": __version__, **more,
     }  # fmt: skip
-    write_json(path.with_name(path.name.replace(".nii.gz", ".json")), sidecar)
+    write_json(_beside(path, ".json"), sidecar)

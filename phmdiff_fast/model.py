@@ -74,6 +74,10 @@ class LevelInput:
     stem_to_tokens: bool = True
     below: Tensor | None = None  # features of the coarser level's head, for a pyramid head
     features: Tensor | None = None  # of this level's own, once it has run
+    kept: Tensor | None = None  # (B, K) int32: the patches that are computed at all, in synthesis; None: all
+    empty: Tensor | None = None  # (1, N, P): the tokens in front of the head that stand in the others' place
+    record: bool = False  # whether to hand on this level's own, once it has run:
+    tokens: Tensor | None = None  # (B, N, P)
 
     def __post_init__(self):
         # What the patches show of the noise-free side.
@@ -253,7 +257,7 @@ class MaskedDiT(nn.Module):
     def _encoder_tokens(self, at: LevelInput) -> Tensor:
         """(B, K, D): of the kept patches, of all without a mask."""
         pos = self.positions(*self._grid(at), self.config.width, at.y.device)
-        keep_ids = None if at.mask is None else at.mask[0]
+        keep_ids = at.kept if at.mask is None else at.mask[0]
         clean = self.config.reading == "diffmae"
         return _wide(self._embed(at, keep_ids, self.x_embedder[at.level], pos, clean=clean))
 
@@ -262,7 +266,7 @@ class MaskedDiT(nn.Module):
         diffmae = self.config.reading == "diffmae"
         pos = self.positions(*self._grid(at), self.config.decoder_width, at.y.device)
         if at.mask is None:
-            x = x + pos
+            x = x + (pos if at.kept is None else pos[at.kept.long()])
         else:
             keep_ids, inverse = at.mask
             if self.config.decoder_input == "noisy" and not diffmae:
@@ -272,12 +276,17 @@ class MaskedDiT(nn.Module):
                 fill = self.mask_token
             x = restore_tokens(x, fill, inverse, pos)
         if diffmae:  # every target patch is denoised, beside what the encoder made of the source there
-            x = x + self._embed(at, None, self.decoder_embedder[at.level], None)
+            x = x + self._embed(at, at.kept, self.decoder_embedder[at.level], None)
         return _wide(x)
 
     def _image(self, at: LevelInput, x: Tensor) -> Tensor:
         """Tokens (B, N, Dd) -> image (B, C, H, W), through the head where there is one."""
-        x = unpatchify(self.final_layer[at.level](x), self.config.patch, *at.y.shape[2:])  # (B, outputs, H, W)
+        x = self.final_layer[at.level](x)  # (B, N, P), or (B, K, P)
+        at.tokens = x if at.record else None
+        if at.kept is not None:
+            everywhere = at.empty.to(x.dtype).expand(len(x), -1, -1)
+            x = everywhere.scatter(1, at.kept.long()[..., None].expand_as(x), x)
+        x = unpatchify(x, self.config.patch, *at.y.shape[2:])  # (B, outputs, H, W)
         if self.config.head:
             skips = [at.sources, *(part for part in (at.stem_map, at.coarse_up) if part is not None)]
             if self.goes_up:

@@ -8,7 +8,6 @@ teacher's, the true coarser image with noise on it). Sampling walks the same way
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +18,12 @@ from . import losses
 from .config import ModelConfig, SampleConfig, TrainConfig
 from .conv_denoiser import ConvDenoiser
 from .diffusion import Schedule, noised, snr_weight, to_x0, truth
+from .engine import Engine
 from .kernels import _philox
 from .kernels.patch_mask import draw_mask
 from .masking import mask_ratios, num_kept
 from .model import LevelInput, MaskedDiT
 from .pyramid import build_pyramid, per_sample, upsample
-from .sampling import ddim, ddpm, with_detail
 from .stages import stage
 
 
@@ -112,7 +111,7 @@ class PHMDiff(nn.Module):
         levels = build_pyramid(self.pad(foreground.float(), 0.0), self.num_levels)
         return [level > 0 for level in levels]
 
-    def _at(self, level, y, sources, coarse, abar, maps, *, eps=None, mask=None, below=None) -> LevelInput:
+    def at_level(self, level, y, sources, coarse, abar, maps, *, eps=None, mask=None, below=None) -> LevelInput:
         """What the network reads at one level."""
         config = self.config
         needs_up = coarse is not None and (config.head or config.residual or config.denoiser == "convolutions")
@@ -120,11 +119,11 @@ class PHMDiff(nn.Module):
                           upsample(coarse, *y.shape[2:]) if needs_up else None, eps, mask, config.stem_to_tokens,
                           below)  # fmt: skip
 
-    def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+    def split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """(prediction, variance fraction or None), (B, C, H, W) each, of the network's output."""
         return out.chunk(2, 1) if self.config.learn_variance else (out, None)
 
-    def _normals(self, sample_ids: Tensor, like: Tensor, rng, stream: int) -> Tensor:
+    def normals(self, sample_ids: Tensor, like: Tensor, rng, stream: int) -> Tensor:
         return _philox.normals(sample_ids, like[0].numel(), rng=rng, stream=stream).view_as(like)
 
     def loss(
@@ -147,7 +146,7 @@ class PHMDiff(nn.Module):
         terms = []
         for level, out in enumerate(outs):
             with stage("loss"):
-                out, fraction = self._split(out)
+                out, fraction = self.split(out)
                 y, eps, abar, mask = at.targets[level], at.eps[level], at.abar[level], at.masks[level]
                 y_t = noised(y, eps, abar)
                 denoise, x0, eps_hat = self._level_loss(out, y, y_t, eps, abar, mask, train)
@@ -192,11 +191,11 @@ class PHMDiff(nn.Module):
         if masked:
             numbers = [y.shape[2] * y.shape[3] // self.config.patch**2 for y in targets]
             masks = [self._mask(n, numbers[n], sample_ids, rng, inside[n]) for n in levels]
-        eps = [self._normals(sample_ids, targets[n], rng, _philox.EPS + n) for n in levels]
+        eps = [self.normals(sample_ids, targets[n], rng, _philox.EPS + n) for n in levels]
         coarse_t = self._coarse_timesteps(sample_ids, rng)
         told: list[Tensor | None] = [None] * self.num_levels
         if coarse_t is not None:
-            told[:-1] = [self._noised_coarse(targets[n + 1], sample_ids, rng, n + 1, coarse_t) for n in levels[:-1]]
+            told[:-1] = [self.noised_coarse(targets[n + 1], sample_ids, rng, n + 1, coarse_t) for n in levels[:-1]]
         return _Levels(
             targets, source_levels, list(t) if t.dim() == 2 else [t] * self.num_levels,
             list(abar) if t.dim() == 2 else [abar] * self.num_levels, masks, eps, t, coarse_t, told,
@@ -209,7 +208,7 @@ class PHMDiff(nn.Module):
         with stage("modulations"):
             vectors = net.packed_modulations(at.shared_t, at.coarse_t)
         inputs = [
-            self._at(n, y, at.sources[n], at.told[n], at.abar[n], maps, eps=at.eps[n], mask=at.masks[n])
+            self.at_level(n, y, at.sources[n], at.told[n], at.abar[n], maps, eps=at.eps[n], mask=at.masks[n])
             for n, y in enumerate(at.targets)
         ]
         return net.forward_levels(inputs, vectors)
@@ -223,8 +222,8 @@ class PHMDiff(nn.Module):
         outs: list[Tensor] = [None] * self.num_levels
         coarse = below = None  # 0 at the coarsest level: ours, the paper does not say
         for n in reversed(range(self.num_levels)):
-            given = self._at(n, at.targets[n], at.sources[n], coarse, at.abar[n], maps, eps=at.eps[n], mask=at.masks[n],
-                             below=below)  # fmt: skip
+            given = self.at_level(n, at.targets[n], at.sources[n], coarse, at.abar[n], maps, eps=at.eps[n],
+                                  mask=at.masks[n], below=below)  # fmt: skip
             outs[n] = net.forward_levels([given], vectors[n])[0]
             below = given.features
             if n:
@@ -233,7 +232,7 @@ class PHMDiff(nn.Module):
         return outs
 
     def _coarse_estimate(self, out: Tensor, at: _Levels, level: int) -> Tensor:
-        out = self._split(out)[0]
+        out = self.split(out)[0]
         kind, y, eps, abar = self.config.prediction, at.targets[level], at.eps[level], at.abar[level]
         mask = at.masks[level]
         x0 = out if kind == "x0" else to_x0(kind, out, noised(y, eps, abar), abar)
@@ -244,9 +243,10 @@ class PHMDiff(nn.Module):
     def _timesteps(self, sample_ids: Tensor, rng, train: TrainConfig) -> Tensor:
         """(B,) for lockstep; (L, B), drawn independently, for cascade."""
         if self.config.coupling == "lockstep":
-            return self.schedule.draw(sample_ids, rng, train.last_t_share)
-        levels = range(self.num_levels)
-        return torch.stack([self.schedule.draw(sample_ids, rng, train.last_t_share, level=n) for n in levels])
+            return self.schedule.draw(sample_ids, rng, train.last_t_share, only=train.only_steps)
+        draws = [self.schedule.draw(sample_ids, rng, train.last_t_share, level=n, only=train.only_steps)
+                 for n in range(self.num_levels)]  # fmt: skip
+        return torch.stack(draws)
 
     def _coarse_timesteps(self, sample_ids: Tensor, rng) -> Tensor | None:
         """How noisy a teacher's coarse images are: (B,) int64 in [0, coarse_noise); None without a teacher."""
@@ -255,9 +255,9 @@ class PHMDiff(nn.Module):
         words = _philox.integers(sample_ids, 1, rng=rng, stream=_philox.COARSE)[:, 0]
         return (words * self.config.coarse_noise) >> 32
 
-    def _noised_coarse(self, coarse: Tensor, sample_ids: Tensor, rng, level: int, coarse_t: Tensor) -> Tensor:
+    def noised_coarse(self, coarse: Tensor, sample_ids: Tensor, rng, level: int, coarse_t: Tensor) -> Tensor:
         """Conditioning augmentation (Ho et al. 2022): the coarse image as noisy as its own estimate is wrong."""
-        eps = self._normals(sample_ids, coarse, rng, _philox.COARSE + level)
+        eps = self.normals(sample_ids, coarse, rng, _philox.COARSE + level)
         return noised(coarse, eps, self.schedule(coarse_t))
 
     def _level_loss(self, out: Tensor, y: Tensor, y_t: Tensor, eps: Tensor, abar: Tensor, mask, train: TrainConfig):
@@ -276,13 +276,6 @@ class PHMDiff(nn.Module):
         term = torch.where(visible, term, train.token_x0_weight * hidden)
         return term.mean(), torch.where(visible, x0, out), torch.where(visible, eps_hat, eps)
 
-    def _estimate(self, net: nn.Module, level: int, y_t: Tensor, sources: Tensor, coarse, abar, maps, vectors, below):
-        """(x0 clamped, variance fraction or None, the head's features or None) of one level from a sampler's y_t."""
-        clean = y_t / per_sample(abar.sqrt())  # embed_visible multiplies by sqrt(abar) again
-        given = self._at(level, clean, sources, coarse, abar, maps, below=below)
-        out, fraction = self._split(net.forward_levels([given], vectors[level])[0])
-        return to_x0(self.config.prediction, out, y_t, abar).clamp(-1, 1), fraction, given.features
-
     @torch.no_grad()
     def translate(
         self, sources: Tensor, sample_ids: Tensor, settings: SampleConfig | None = None, *,
@@ -293,78 +286,12 @@ class PHMDiff(nn.Module):
         sample_ids (B,) int64 name the slices, so the same seed gives the same noise whatever the batch.
         settings: steps, sampler, seed; ``steps`` and ``seed`` override them (default: 1 step, seed 0).
         Returns the levels, fine to coarse: [0] is (B, C, H, W) in [-1, 1]. Each is the mean over the members that are
-        trained (``usable``) and, with ``settings.views`` 2, over the sources and their mirror image along H (left and
-        right of an axial slice), all with the same noise. [0] has ``settings.detail`` (``with_detail``).
-        ``progress(i)`` is called after each sampling step of each member and view.
+        trained (``usable``), over ``settings.samples`` and, with ``settings.views`` 2, over the sources and their
+        mirror image along H (left and right of an axial slice). [0] has ``settings.detail`` (``with_detail``).
+        ``progress(i)`` is called after each sampling step of each member, view and sample.
+
+        One batch; for many, an ``engine.Engine`` keeps what they share.
         """
-        settings = settings or SampleConfig()
-        nets, mirrors = self.nets[: self.usable], (False, True)[: settings.views]
-        total: list[Tensor] = []
-        for net, mirrored in itertools.product(nets, mirrors):
-            seen = sources.flip(2) if mirrored else sources
-            levels = self._translate(net, seen, sample_ids, settings, steps, seed, progress)
-            levels = [level.flip(2) for level in levels] if mirrored else levels
-            total = [sum_ + level for sum_, level in zip(total, levels, strict=True)] if total else levels
-        levels = [level / (len(nets) * len(mirrors)) for level in total]
-        return [with_detail(levels[0], settings.detail), *levels[1:]]
-
-    def _translate(self, net: nn.Module, sources, sample_ids, settings: SampleConfig, steps, seed, progress):
-        """``translate`` by one member, of one view."""
-        steps = settings.steps if steps is None else steps
-        rng = (settings.seed if seed is None else seed, 0)
-        height, width = sources.shape[2:]
-        source_levels = build_pyramid(self.pad(sources), self.num_levels)
-        maps = net.source_maps(source_levels[0])
-        shape = (len(sources), net.target_channels)
-        likes = [source.new_empty(*shape, *source.shape[2:]) for source in source_levels]
-        coarse_t = settings.coarse_t if self.config.coarse == "teacher" else 0
-        left: list[Tensor | None] = [None]  # the head's features that a cascade's finer level takes over
-
-        def sample(levels: range, coarse: Tensor | None) -> list[Tensor]:
-            """Run the sampler over some levels together; ``coarse`` is the estimate below the coarsest of them."""
-            below = left[0]
-
-            def draw(i: int) -> list[Tensor]:
-                return [self._normals(sample_ids, likes[n], (rng[0], i), _philox.EPS + n) for n in levels]
-
-            def denoise(states: list[Tensor], t: int):
-                *made, left[0] = self._denoise(net, levels, states, t, source_levels, coarse, maps, coarse_t,
-                                               sample_ids, rng, below)  # fmt: skip
-                return tuple(made)
-
-            how = {"draw": draw} if settings.sampler == "ddpm" else {}
-            run = ddpm if settings.sampler == "ddpm" else ddim
-            return run(denoise, draw(0), self.schedule.abar, steps, progress=progress, **how)
-
-        if self.config.coupling == "lockstep":
-            levels = sample(range(self.num_levels), None)
-        else:
-            levels = []
-            for n in reversed(range(self.num_levels)):
-                levels.insert(0, sample(range(n, n + 1), levels[0] if levels else None)[0])
-        cropped = []
-        for image in levels:
-            cropped.append(image[..., :height, :width])
-            height, width = -(-height // 2), -(-width // 2)
-        return cropped
-
-    def _denoise(
-        self, net: nn.Module, levels: range, states, t: int, source_levels, coarse, maps, coarse_t: int, sample_ids,
-        rng, below,
-    ):  # fmt: skip
-        """x0 estimates and variance fractions of some levels, coarse to fine, and the finest one's head features.
-
-        Lists are fine to coarse; ``coarse``, ``below``: estimate and features of the level below the coarsest of them.
-        """
-        steps, coarse_steps = (sample_ids.new_full((len(states[0]),), value) for value in (t, coarse_t))
-        abar = self.schedule(steps)
-        vectors = net.modulations(steps, coarse_steps)
-        out, fractions = list(states), list(states)
-        for i, level in reversed(list(enumerate(levels))):
-            if coarse is not None and coarse_t:
-                coarse = self._noised_coarse(coarse, sample_ids, rng, level + 1, coarse_steps)
-            x0, fraction, below = self._estimate(net, level, states[i], source_levels[level], coarse, abar, maps,
-                                                 vectors, below)  # fmt: skip
-            out[i] = coarse = x0
-            fractions[i] = fraction
-        return out, fractions if self.config.learn_variance else None, below
+        over = {key: value for key, value in (("steps", steps), ("seed", seed)) if value is not None}
+        settings = (settings or SampleConfig()).model_copy(update=over)
+        return Engine(self, settings)(sources, sample_ids, progress=progress).levels

@@ -199,6 +199,33 @@ def curves(
     return _save(path, canvas)
 
 
+def calibration(path: str | Path, found) -> Path:
+    """Error over predicted deviation, a point a bin, with the line on which both are equal.
+
+    found : ``evaluate.Calibration``. Raises PhmdiffError OUTPUT_WRITE (exit 74) as ``strip``.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6, 4.2), dpi=DPI, facecolor="white", layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    top = 1.05 * max(*found.deviation, *found.error, 1e-6)
+    axes.plot([0, top], [0, top], color="#8a929c", linestyle="--", linewidth=1, label="calibrated")
+    axes.plot(found.deviation, found.error, "o-", color="#0072b2", markersize=4, label="this run")
+    axes.set(xlim=(0, top), ylim=(0, top))
+    axes.set_xlabel("predicted standard deviation (of a range of 2)", size=9, color=INK)
+    axes.set_ylabel("root mean square error", size=9, color=INK)
+    axes.set_title(f"error / deviation {found.ratio:.2f}, rank correlation {found.rank_correlation:.2f}", size=9.5,
+                   color=INK)  # fmt: skip
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#e4e7eb", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return _save(path, canvas)
+
+
 def _columns(row: dict) -> list[tuple[str, np.ndarray, bool]]:
     """(head, upright image, whether it is an error map) from left to right."""
     sources = row["source"] if isinstance(row["source"], (list, tuple)) else [row["source"]]

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch.compiler import is_dynamo_compiling
 
-STAGES = ("data", "augment", "levels", "stem", "modulations", "embed", "encoder", "decoder", "head", "loss", "mmd",
-          "backward", "all-reduce", "update", "ema", "replay", "look", "checkpoint")  # fmt: skip
+STAGES = ("data", "augment", "teacher", "levels", "stem", "modulations", "embed", "encoder", "decoder", "head", "loss",
+          "mmd", "backward", "all-reduce", "update", "ema", "replay", "look", "checkpoint")  # fmt: skip
 PREFIX = "stage: "  # of a stage's range in a torch.profiler trace
 DOMAIN = "phmdiff-fast"  # of NVTX ranges made by the package nvtx
 MOST_UNREAD = 4096  # pairs of CUDA events of a clock that nobody reads

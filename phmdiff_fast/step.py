@@ -48,12 +48,13 @@ class Step:
     """Model, optimizer and average of a training, and what a step does to them.
 
     together : the model, of one process or of several (``parallel.wrap``); config : all settings; dtype : of the
-    products
+    products; teacher : (sources, sample ids) -> the target instead of the true one, or None
 
     ``gradients`` and ``update`` are the two halves of a step; ``whole`` is both, replayed where that pays.
     """
 
-    def __init__(self, together: Single, config: Config, device: torch.device, dtype: torch.dtype):
+    def __init__(self, together: Single, config: Config, device: torch.device, dtype: torch.dtype, teacher=None):
+        self.teacher = teacher
         tc, model = config.train, together.model
         self.together, self.model, self.config, self.device, self.dtype = together, model, config, device, dtype
         self.rank, alone = together.ranks.rank, together.ranks.world == 1
@@ -101,6 +102,9 @@ class Step:
             sources, target, inside = augment(sources, target, sample_ids, rng, tc, foreground=inside, **self.how)
         gather = None if alone else self.together.gather(everybody)
         with autocast(self.device, self.dtype):
+            if self.teacher is not None:
+                with stage("teacher"):
+                    target = self.teacher(sources, sample_ids)
             return self.together.module(target, sources, sample_ids, rng, tc, masked=masked, foreground=inside,
                                         gather=gather)  # fmt: skip
 

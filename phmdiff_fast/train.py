@@ -50,14 +50,15 @@ class Budget:
 
 def train(
     data_path, out, config: Config, *, split_file=None, fold: tuple[int, int] | None = None, resume=None,
-    progress: bool = True, profile: bool = False,
+    progress: bool = True, profile: bool = False, teacher=None,
 ) -> Path:  # fmt: skip
     """Train a run, or go on with one from its newest checkpoint; returns the run folder.
 
     data_path : cohort folder or CSV list; out : run folder; config : all settings, with
     ``train.minutes`` or ``train.steps`` set; split_file or fold (i, k): who is in training, validation and
     test, else drawn from the seed; resume : the checkpoint to go on from (step, name or path), else the newest that
-    is whole; profile : record a few steps (``profiling.py``) into out/profile. Under torchrun every process calls this
+    is whole; profile : record a few steps (``profiling.py``) into out/profile; teacher : a ``distill.Teacher``, whose
+    images are the targets and whose weights the first. Under torchrun every process calls this
     and takes its share of each batch.
 
     Raises PhmdiffError (2 settings, 3 data, 4 checkpoint, 5 non-finite loss or a jump of it, 6 memory, 7 a process
@@ -96,7 +97,7 @@ def train(
             stack.enter_context(locked(out))
         if profile:  # a replayed graph has no stages
             config = config.model_copy(update={"train": tc.model_copy(update={"cuda_graph": "off"})})
-        trainer = Trainer(out, config, ranks, device)
+        trainer = Trainer(out, config, ranks, device, teacher)
         try:
             split = trainer.set_up(data_path, cohort, split, resumed, progress)
             trainer.resume(resume)

@@ -62,7 +62,8 @@ def batch_of(cache: SliceCache, rows: np.ndarray) -> list[torch.Tensor]:
 class Trainer:
     """The state of a training, and its steps."""
 
-    def __init__(self, out: Path, config: Config, ranks: Alone, device: torch.device):
+    def __init__(self, out: Path, config: Config, ranks: Alone, device: torch.device, teacher=None):
+        self.teacher = teacher  # ``distill.Teacher``, or None
         self.out, self.config, self.ranks, self.device = out, config, ranks, device
         self.dtype = pick_precision(config.train.precision, device)
         self.status = Status(out, ranks.rank, ranks.world)
@@ -89,8 +90,10 @@ class Trainer:
         torch.manual_seed(tc.seed)  # initial weights; all later randomness is counter-based
         complexity = facts["complexity"]
         model = PHMDiff(config.model, config.data.source_channels, 1, complexity, members=facts["members"])
+        if self.teacher is not None:
+            model.net.load_state_dict(self.teacher.weights())
         self.together = wrap(model, self.ranks, tc.parallel, self.device, self.dtype)
-        self.work = Step(self.together, config, self.device, self.dtype)
+        self.work = Step(self.together, config, self.device, self.dtype, self.teacher)
         self.model = self.work.model
         self.optimizer, self.ema = self.work.optimizer, self.work.ema
         self.cache, self.train_rows = cache, rows_of(cache, split["train"])
@@ -108,8 +111,18 @@ class Trainer:
                                "lower train.batch_size or add subjects", exit_code=DATA,
                                file=str(data_path))  # fmt: skip
         facts = read_facts(out, config) if resumed else self._facts(cache, rows)
+        self._refuse_other_teacher(facts)
         begin(out, config, split, facts)
         return cache, facts
+
+    def _refuse_other_teacher(self, facts: dict) -> None:
+        before, now = facts.get("teacher"), self.teacher and self.teacher.digest
+        if before == now:
+            return
+        what = "was distilled from a run" if now is None else "was begun without a teacher" if before is None else \
+            "was distilled from another run, or from this one at another step"  # fmt: skip
+        raise PhmdiffError("TEACHER_DIFFERS", what, "go on as it was begun, or choose another --out",
+                           exit_code=CHECKPOINT, file=self.out)  # fmt: skip
 
     def _facts(self, cache: SliceCache, rows: np.ndarray) -> dict:
         config = self.config
@@ -125,6 +138,7 @@ class Trainer:
             "median_p995": cache.median_p995(config.data.target),
             "slices": len(rows),
             "mask_ratios": ratios,
+            **({"teacher": self.teacher.digest} if self.teacher else {}),
         }
 
     def _members(self, cache: SliceCache, rows: np.ndarray, complexity: list[float]) -> int:

@@ -59,7 +59,7 @@ def test_later_tables_win():
         (["model.denoiser=convolutions", "model.head_width=12"], "head_width"),
         (["sample.views=2", "data.axis=sagittal"], "left and right"),
         (["data.hu_window=[100, -100]"], "hu_window"),
-        (["sample.sampler=heun"], "'ddpm'"),
+        (["sample.sampler=euler"], "'ddpm'"),
         (["data.target=t1"], "also a source"),
         (["data.sources=[]"], "data.sources"),
     ],

@@ -128,9 +128,9 @@ def test_resuming_equals_training_through(trained, tiny_cohort, tmp_path):
 def test_the_same_seed_gives_the_same_volume_whatever_the_batch(trained, tiny_cohort):
     run = generate.load(trained)
     subject = load_subject(discover(tiny_cohort), "p3", ["t1"], foreground_from="t1")
-    volumes = [generate.synthesize(run, subject, SampleConfig(batch_size=b, seed=4, steps=3)) for b in (1, 32)]
+    volumes = [generate.synthesize(run, subject, SampleConfig(batch_size=b, seed=4, steps=3)).mean for b in (1, 32)]
     np.testing.assert_allclose(volumes[0], volumes[1], rtol=1e-4, atol=1e-2)
-    other = generate.synthesize(run, subject, SampleConfig(seed=5, steps=3))
+    other = generate.synthesize(run, subject, SampleConfig(seed=5, steps=3)).mean
     assert not np.array_equal(volumes[1], other)
 
 
@@ -316,8 +316,9 @@ def test_a_volume_s_units_are_those_of_the_training_set(trained, tiny_cohort, mo
     """A prediction of 1 everywhere becomes the median 99.5 percentile inside, and 0 outside."""
     run = generate.load(trained)
     subject = load_subject(discover(tiny_cohort), "p3", ["t1"], foreground_from="t1")
-    monkeypatch.setattr(generate, "predict", lambda run, sources, settings, **_: np.ones_like(sources[:, 0]))
-    volume = generate.synthesize(run, subject, SampleConfig())
+    ones = lambda run, sources, settings, **_: generate.Slices(np.ones_like(sources[:, 0]))  # noqa: E731
+    monkeypatch.setattr(generate, "predict", ones)
+    volume = generate.synthesize(run, subject, SampleConfig()).mean
     assert np.allclose(volume[subject.foreground], run.facts["median_p995"])
     assert (volume[~subject.foreground] == 0).all()
     assert run.facts["median_p995"] > 500  # the phantom's brightest shell has 1100
@@ -334,7 +335,7 @@ def test_slices_keep_their_numbers_and_the_foreground_is_half_a_pixel(trained, m
 
     def predict(run, sources, settings, *, first=0, **_):
         firsts.append((first, len(sources)))
-        return sources[:, 0]
+        return generate.Slices(sources[:, 0])
 
     monkeypatch.setattr(generate, "predict", predict)
     generate.synthesize(run, subject, SampleConfig())
@@ -354,7 +355,7 @@ def test_baselines_see_the_training_people_only(trained, tiny_cohort, monkeypatc
 
     monkeypatch.setattr(evaluate, "train_unet", train_unet)
     run = generate.load(trained)
-    evaluate.predictors(run, discover(tiny_cohort), SampleConfig(), True, None)
+    evaluate.predictors(run, discover(tiny_cohort), True, None)
     assert seen["cache"].subjects == ["p0", "p1", "p2"]
     assert seen["rows"].tolist() == [*seen["cache"].rows_of("p0"), *seen["cache"].rows_of("p1")]
     assert seen["seconds"] == run.found.manifest["seconds"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from phmdiff_fast.config import LevelSpec, ModelConfig, SampleConfig, TrainConfig
+from phmdiff_fast.engine import EAGER_BATCHES, Engine
 from phmdiff_fast.kernels import _philox
 from phmdiff_fast.kernels.patch_mask import draw_mask
 from phmdiff_fast.phmdiff import PHMDiff
@@ -96,3 +97,21 @@ def test_bf16_training_falls():
         optimizer.step()
         curve.append(float(terms.denoise[0]))
     assert sum(curve[-10:]) < 0.3 * sum(curve[:10])
+
+
+def test_a_batch_seen_before_is_replayed_and_gives_the_same_images():
+    model = PHMDiff(SMALL, 1).cuda().eval()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        if p.abs().sum() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    kept = [[torch.arange(40, dtype=torch.int32, device="cuda").expand(4, -1).contiguous(), None, None]]
+    settings, ids = SampleConfig(steps=3, sampler="dpm++", samples=2), torch.arange(4, device="cuda")
+    engine = Engine(model, settings, torch.bfloat16)
+    plain = Engine(model, settings.model_copy(update={"cuda_graph": "off"}), torch.bfloat16)
+    for call in range(2 * EAGER_BATCHES + 2):
+        sources = torch.rand(4, 1, 32, 32, device="cuda") * 2 - 1
+        made, expected = engine(sources, ids + call, kept), plain(sources, ids + call, kept)
+        assert len(engine._recorded) == (call >= EAGER_BATCHES)
+        for a, b in zip([*made.levels, made.deviation], [*expected.levels, expected.deviation], strict=True):
+            torch.testing.assert_close(a, b)

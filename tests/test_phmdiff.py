@@ -345,7 +345,7 @@ def test_diffmae_encodes_clean_source_patches_and_denoises_every_target_patch():
             coarse = torch.zeros(4, 1, 16, 16)
             vectors = model.net.modulations(torch.full((4,), 500))
             maps = model.net.source_maps(source)
-            at = model._at(0, target, source, coarse, abar, maps, eps=eps, mask=mask)
+            at = model.at_level(0, target, source, coarse, abar, maps, eps=eps, mask=mask)
             tokens.append(model.net.forward_levels([at], vectors[0])[0])
     assert tokens[0].shape[1] == 16  # 64 patches less 75 %
     assert torch.equal(tokens[0], tokens[2])  # the encoder never sees the noisy target
@@ -410,7 +410,8 @@ def test_residual_starts_from_the_coarser_estimate():
     for plain in (dict(), dict(denoiser="convolutions"), dict(head=False)):
         model = PHMDiff(small(residual=True, **plain), 1)
         given = torch.rand(4, 1, 16, 16)
-        at = model._at(0, images()[1], images()[0], given, torch.full((4,), 0.3), model.net.source_maps(images()[0]),
+        maps = model.net.source_maps(images()[0])
+        at = model.at_level(0, images()[1], images()[0], given, torch.full((4,), 0.3), maps,
                        eps=torch.randn(4, 1, 32, 32))  # fmt: skip
         out = model.net.forward_levels([at], model.net.modulations(torch.full((4,), 500))[0])[0]
         torch.testing.assert_close(out, torch.nn.functional.interpolate(given, scale_factor=2, mode="bilinear"))
@@ -445,7 +446,7 @@ def test_the_convolutional_denoiser_does_not_see_masked_patches():
     vectors, abar = model.net.modulations(torch.full((4,), 500))[0], torch.full((4,), 0.5)
 
     def made(y):
-        at = model._at(0, y, source, None, abar, None, eps=torch.zeros_like(y), mask=mask)
+        at = model.at_level(0, y, source, None, abar, None, eps=torch.zeros_like(y), mask=mask)
         return model.net.forward_levels([at], vectors)[0]
 
     assert torch.equal(made(target), made(torch.where(hidden, 0.5, target)))
@@ -460,7 +461,7 @@ def test_every_input_matters_to_the_convolutional_denoiser(name):
                  eps=torch.randn(4, 1, 32, 32), t=torch.full((4,), 500))  # fmt: skip
 
     def made(y, sources, coarse, abar, eps, t):
-        at = model._at(0, y, sources, coarse, abar, None, eps=eps)
+        at = model.at_level(0, y, sources, coarse, abar, None, eps=eps)
         return model.net.forward_levels([at], model.net.modulations(t)[0])[0]
 
     changed = given[name] + 100 if name == "t" else given[name] * 0.7 + 0.1

@@ -21,7 +21,7 @@ FAULTS = [
     (STEP, "fullgraph=True, backend=backend", "fullgraph=True, backend=\"eager\"", "compiled by nobody"),
     (MODEL, "idle += [] if level in masked_levels else layer.parameters()", "idle += layer.parameters()", "idle ones"),
     (METHOD, "kept[n] < numbers[n]})", "True})", "a level that keeps all is taken for masked"),
-    (METHOD, "told[:-1] = [self._noised_coarse(targets[n + 1]", "told[:-1] = [self._noised_coarse(targets[n]", "level"),
+    (METHOD, "told[:-1] = [self.noised_coarse(targets[n + 1]", "told[:-1] = [self.noised_coarse(targets[n]", "level"),
     (METHOD, "return x0.clamp(-1, 1)", "return x0", "the coarse estimate is not clamped"),
     (EMA, "torch._foreach_mul_(apart, share)", "torch._foreach_mul_(apart, 1 - share)", "the other share"),
     (LOADER, "whole[at : at + len(part)] = part", "whole[: len(part)] = part", "slices over one another"),
