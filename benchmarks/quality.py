@@ -189,14 +189,22 @@ class Bench:
             facts = {"steps": run.found.step, "best_step": best.step, "seconds": run.found.manifest["seconds"],
                      "parameters": sum(p.numel() for p in run.model.parameters()),
                      "flops_step": (1 - share) * flops[0] + share * flops[1]}  # fmt: skip
+
+            def ours(case: Case, settings) -> np.ndarray:
+                return predict(run, case.sources, settings, foreground=case.touched).mean
+
             for how in row.sampling:
                 settings = config.sample.model_copy(update=sampling(how))
-                yield how, lambda sources, settings=settings: predict(run, sources, settings).mean, facts
+                yield how, partial(ours, settings=settings), facts
 
     def _rival(self, job: Job, config: Config, val, cache, rows) -> Iterator[tuple[str, Callable, dict]]:
         if job.row == "lookup":
             table = LookupTable.fit(cache, rows)
-            yield "-", table.predict, {"steps": 0, "seconds": 0.0, "parameters": table.tables.size, "flops_step": 0}
+            yield (
+                "-",
+                lambda case: table.predict(case.sources),
+                {"steps": 0, "seconds": 0.0, "parameters": table.tables.size, "flops_step": 0},
+            )
             return
         dtype = pick_precision(config.train.precision, self.device)
         torch.manual_seed(config.train.seed)
@@ -216,7 +224,8 @@ class Bench:
         facts = {"steps": trained.steps, "best_step": trained.best_step or trained.steps, "seconds": trained.seconds,
                  "parameters": rival.parameter_count(), "flops_step": trained.flops_step}  # fmt: skip
 
-        def translated(sources: np.ndarray, how: dict) -> np.ndarray:
+        def translated(case: Case, how: dict) -> np.ndarray:
+            sources = case.sources
             made = rival_predict(rival, sources, self.device, dtype)
             if how["views"] == 2:
                 made = (made + rival_predict(rival, sources[:, :, ::-1], self.device, dtype)[:, ::-1]) / 2
@@ -238,11 +247,11 @@ def best_checkpoint(run: Run) -> checkpoint.Checkpoint:
     return max(whole, key=lambda one: one.manifest["val_psnr"])
 
 
-def scored(cases: list[Case], function: Callable[[np.ndarray], np.ndarray]) -> dict:
+def scored(cases: list[Case], function: Callable[[Case], np.ndarray]) -> dict:
     """{person: {protocol: {metric: figure}}}, and {"sharpness": figure} beside the protocols."""
     out = {}
     for case in cases:
-        made = function(case.sources)
+        made = function(case)
         out[case.subject] = {name: metrics.PROTOCOLS[name](made, case.target, case.foreground) for name in PROTOCOLS}
         out[case.subject]["detail"] = {"sharpness": metrics.sharpness(made, case.target, case.foreground)}
     return out

@@ -220,6 +220,10 @@ def sample(run, inputs, out, steps, sampler, views, detail, samples, skip_backgr
     written on its input's grid as <subject>_<contrast>_syn.nii.gz, with a JSON sidecar; with --samples 2
     or more also their standard deviation, <subject>_<contrast>_syn_std.nii.gz.
     """
+    from .streaming import one_arena
+
+    one_arena()
+
     from .device import pick_device
     from .distributed import processes
     from .generate import load

@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+_ARENA_MAX = -8  # of glibc's mallopt
+
+
+def one_arena() -> bool:
+    """Have all threads allocate from one heap, so that what one frees the next one takes; False without glibc.
+
+    Otherwise each thread that reads or writes a volume keeps a heap as large as its largest one. To be called before
+    torch is imported: glibc decides at the second thread.
+    """
+    try:
+        return bool(ctypes.CDLL(None).mallopt(_ARENA_MAX, 1))
+    except (AttributeError, OSError):
+        return False
 
 
 def read_ahead(items: Iterable, read: Callable[[Any], Any]) -> Iterator[tuple[Any, Callable[[], Any]]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import threading
 import time
 
@@ -100,3 +103,9 @@ def test_what_was_begun_is_written_whole_when_the_work_itself_fails():
     with pytest.raises(KeyError):
         work()
     assert done == [1]
+
+
+def test_a_process_of_its_own_takes_one_heap():
+    program = "from phmdiff_fast.streaming import one_arena; print(one_arena())"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+    assert told == ("True" if platform.libc_ver()[0] == "glibc" else told)
