@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .config import Config, build_config
+from .distributed import is_several
 from .engine import Engine
 from .errors import USAGE, PhmdiffError
 from .generate import Run, load
@@ -44,6 +45,9 @@ def student_config(config: Config, steps: int, *overlays: dict) -> Config:
     if steps > config.model.timesteps:
         raise PhmdiffError("STEPS", f"{steps} steps are more than the run's {config.model.timesteps} timesteps",
                            "lower --steps", exit_code=USAGE)  # fmt: skip
+    if config.model.prediction == "eps":
+        raise PhmdiffError("FEW_STEPS", "the run predicts noise, which at its first timestep says nothing of the image",
+                           "distill a run that predicts x0 or v", exit_code=USAGE)  # fmt: skip
     begun = config.model_dump(exclude_none=True, mode="json")
     for key in ("minutes", "steps"):
         begun["train"].pop(key, None)
@@ -66,6 +70,10 @@ def distill(
 
     Raises PhmdiffError as ``generate.load`` and ``train.train``.
     """
+    if is_several():
+        raise PhmdiffError("USAGE", "distill runs as one process", "start it without torchrun", exit_code=USAGE)
+    if minutes is None and train_steps is None:
+        raise PhmdiffError("NO_BUDGET", "neither --minutes nor --train-steps is given", "give one", exit_code=USAGE)
     run = load(teacher, device=device)
     budget = {"minutes": minutes, "steps": train_steps, "device": device if device != "auto" else None}
     given = {"train": {key: value for key, value in budget.items() if value is not None}}

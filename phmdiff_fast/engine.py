@@ -32,6 +32,7 @@ VECTOR_BYTES = 256 << 20  # of adaLN vectors kept; timesteps beyond are computed
 EMPTY_RECORDS = 32  # timesteps of the empty slice kept, evenly spaced; between them the one before serves
 EAGER_BATCHES = 2  # of a shape, before it is recorded: kernels are compiled and tuned on the way
 MOST_RECORDED = 64  # evaluations of the network in one graph; a batch of more is launched from Python
+MOST_GRAPHS = 32  # of an engine: batches of ever new sizes would fill the GPU with them
 SAMPLE = 1 << 32  # sample k of slice z takes the noise number z + k 2^32
 
 Kept = list  # a level: (B, K) int32, ascending, the patches that are computed; None: all
@@ -40,7 +41,7 @@ Kept = list  # a level: (B, K) int32, ascending, the patches that are computed; 
 @dataclass
 class Made:
     """levels : the mean, fine to coarse, (B, C, H_n, W_n) in [-1, 1]; deviation : (B, C, H, W), of what the mean is
-    over (samples, members, views), None where that is one image."""
+    over (samples, members, views), None where ``settings.samples`` is 1."""
 
     levels: list[Tensor]
     deviation: Tensor | None
@@ -78,6 +79,7 @@ class Engine:
         self._stride = -(-asked // EMPTY_RECORDS)
         self._records = asked * model.usable * settings.views * settings.samples <= MOST_RECORDED
         self._recorded: dict[tuple, _Recorded] = {}
+        self._pool = None  # of memory, shared by all graphs: they run one after the other
         self._calls: Counter = Counter()
 
     @property
@@ -99,16 +101,18 @@ class Engine:
             shapes = kept and tuple(tuple(k is not None and k.shape for k in view) for view in kept)
             key = (sources.shape, sources.device, shapes)
             self._calls[key] += 1
-            if self._calls[key] <= EAGER_BATCHES:
+            full = key not in self._recorded and len(self._recorded) == MOST_GRAPHS
+            if self._calls[key] <= EAGER_BATCHES or full:
                 with _aside():
                     return self._made(sources, sample_ids, kept, None)
             if key not in self._recorded:
-                self._recorded[key] = _Recorded(self._made, sources, sample_ids, kept)
+                self._pool = self._pool or torch.cuda.graph_pool_handle()
+                self._recorded[key] = _Recorded(self._made, sources, sample_ids, kept, self._pool)
             return self._recorded[key].replay(sources, sample_ids, kept)
 
     def _made(self, sources: Tensor, sample_ids: Tensor, kept: list[Kept] | None, progress) -> Made:
         members, views, samples = self.model.usable, self.settings.views, self.settings.samples
-        mean = _Mean(members * views * samples)
+        mean = _Mean(members * views * samples, spread=samples > 1)
         for view in range(views):
             seen = self.model.pad(sources.flip(2) if view else sources)
             levels = build_pyramid(seen, self.model.num_levels)
@@ -227,14 +231,14 @@ def _aside():
 class _Recorded:
     """A batch as a CUDA graph: its inputs are copied into its own, its images are copied out of its own."""
 
-    def __init__(self, make, sources: Tensor, sample_ids: Tensor, kept: list[Kept] | None):
+    def __init__(self, make, sources: Tensor, sample_ids: Tensor, kept: list[Kept] | None, pool):
         self.sources, self.ids = sources.clone(), sample_ids.clone()
         self.kept = kept and [[k if k is None else k.clone() for k in view] for view in kept]
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         # A cast weight that autocast remembers from outside would be none of the graph's.
         torch.clear_autocast_cache()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.made = make(self.sources, self.ids, self.kept, None)
         torch.clear_autocast_cache()
 
@@ -246,23 +250,23 @@ class _Recorded:
                 if mine is not None:
                     mine.copy_(theirs)
         self.graph.replay()
-        made = self.made
-        return Made([level.clone() for level in made.levels], made.deviation if made.deviation is None
-                    else made.deviation.clone())  # fmt: skip
+        # Copied out before another graph of the pool runs over it.
+        levels, deviation = self.made.levels, self.made.deviation
+        return Made([level.clone() for level in levels], None if deviation is None else deviation.clone())
 
 
 class _Mean:
     """Of images that come one after the other; their deviation by Welford's sums, as squares would cancel out."""
 
-    def __init__(self, count: int):
-        self.count, self.seen = count, 0
+    def __init__(self, count: int, spread: bool):
+        self.count, self.spread, self.seen = count, spread, 0
         self._total: list[Tensor] = []
         self._mean = self._squares = None
 
     def add(self, levels: list[Tensor]) -> None:
         self.seen += 1
         self._total = [a + b for a, b in zip(self._total, levels, strict=True)] if self._total else levels
-        if self.count > 1:
+        if self.spread:
             if self._mean is None:
                 self._mean, self._squares = torch.zeros_like(levels[0]), torch.zeros_like(levels[0])
             gap = levels[0] - self._mean

@@ -30,7 +30,7 @@ from .streaming import Behind, read_ahead
 
 @dataclass
 class Slices:
-    """mean, deviation : (Z, S, S) float32, normalised; deviation None where one image alone was made."""
+    """mean, deviation : (Z, S, S) float32, normalised; deviation None of one sample."""
 
     mean: np.ndarray
     deviation: np.ndarray | None = None
@@ -110,10 +110,9 @@ class Run:
         Returns two nibabel images: the mean over samples, members and views, and their standard deviation, in the
         same units. Otherwise as ``translate``.
         """
-        mean, deviation = self._translated(images, nan, max_gib, progress, {**settings, "samples": samples})
-        if deviation is None:
+        if samples < 2:
             raise PhmdiffError("SAMPLES", "one sample has no deviation", "give samples=2 or more", exit_code=USAGE)
-        return mean, deviation
+        return self._translated(images, nan, max_gib, progress, {**settings, "samples": samples})
 
     def _translated(self, images: dict, nan, max_gib, progress, settings: dict):
         asked = self.sample_settings(**settings)
@@ -232,16 +231,17 @@ def synthesize(
     used = np.flatnonzero(subject.foreground.any(across))
     slices = np.full((len(sources), *sources.shape[2:]), -1, np.float32)
     spread = np.zeros_like(slices)
-    several = settings.samples > 1
     if len(used):
         low, high = used[0], used[-1] + 1
         made = predict(run, sources[low:high], settings, foreground=inside[low:high], first=int(low),
                        progress=progress, ranks=ranks, engine=engine)  # fmt: skip
         slices[low:high] = made.mean
-        if several := made.deviation is not None:
+        if made.deviation is not None:
             spread[low:high] = made.deviation
     volume = in_own_units(run, plane.from_grid(slices, -1.0), subject)
-    return Volumes(volume, _spread_in_own_units(run, plane.from_grid(spread, 0.0), subject) if several else None)
+    if settings.samples == 1:
+        return Volumes(volume)
+    return Volumes(volume, _spread_in_own_units(run, plane.from_grid(spread, 0.0), subject))
 
 
 def in_own_units(run: Run, volume: np.ndarray, subject: Subject) -> np.ndarray:
@@ -306,8 +306,8 @@ def sample(
 ) -> list[Path]:  # fmt: skip
     """Write ``<subject>_<target>_syn.nii.gz`` and a JSON sidecar for every subject of ``inputs``.
 
-    The volume lies on the input's own grid, with its affine. Where it is the mean of several (samples, members,
-    views) and ``settings.samples`` is 2 or more, ``<subject>_<target>_syn_std.nii.gz`` holds their deviation. Missing
+    The volume lies on the input's own grid, with its affine. With 2 ``settings.samples`` or more,
+    ``<subject>_<target>_syn_std.nii.gz`` holds the deviation over samples, members and views. Missing
     contrasts and existing outputs are refused before anything is written. ``nan`` and ``max_gib`` as of
     ``Run.translate``. ``progress(subject, done, total)`` is called after each batch of slices; done counts subjects,
     the one in work by its share. The next subject is read and the last one written meanwhile; more are never held.

@@ -119,8 +119,11 @@ class Trainer:
         before, now = facts.get("teacher"), self.teacher and self.teacher.digest
         if before == now:
             return
-        what = "was distilled from a run" if now is None else "was begun without a teacher" if before is None else \
-            "was distilled from another run, or from this one at another step"  # fmt: skip
+        what = "was distilled from another run, or from this one at another step"
+        if now is None:
+            what = "was distilled from a run"
+        elif before is None:
+            what = "was begun without a teacher"
         raise PhmdiffError("TEACHER_DIFFERS", what, "go on as it was begun, or choose another --out",
                            exit_code=CHECKPOINT, file=self.out)  # fmt: skip
 

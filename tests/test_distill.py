@@ -125,6 +125,17 @@ def test_only_the_few_timesteps_are_drawn_and_equally_often(steps, level):
         assert counts.min() > 0.9 * 20000 / steps
 
 
+def test_what_cannot_be_distilled_is_refused_in_a_line(teacher, tiny_cohort, tmp_path, monkeypatch, capsys):
+    assert cli("distill", teacher, tiny_cohort, "--out", tmp_path / "x", "--quiet") == 2
+    assert "--train-steps" in capsys.readouterr().err
+    with pytest.raises(PhmdiffError, match="predicts noise"):
+        student_config(build_config("paper"), 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert distilled(teacher, tiny_cohort, tmp_path / "x") == 2
+    assert "torchrun" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_more_steps_than_timesteps_are_refused():
     with pytest.raises(PhmdiffError, match="timesteps"):
         student_config(build_config("xs", {"model": {"timesteps": 10, "coarse_noise": 5}}), 11)

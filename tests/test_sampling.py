@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phmdiff_fast.cli import cli
+from phmdiff_fast.config import SampleConfig
 from phmdiff_fast.diffusion import Schedule
 from phmdiff_fast.sampling import SAMPLERS, evaluations, points, trailing_timesteps
 
@@ -74,6 +77,11 @@ def every(abar, number):
     wanted = [lam[-1] + (lam[0] - lam[-1]) * i / (number - 1) for i in range(number)]
     times = sorted({min(range(len(lam)), key=lambda t: abs(lam[t] - w)) for w in wanted}, reverse=True)
     return times
+
+
+def test_settings_and_command_line_know_every_sampler():
+    assert get_args(SampleConfig.model_fields["sampler"].annotation) == tuple(SAMPLERS)
+    assert [o.type.choices for o in cli.commands["sample"].params if o.name == "sampler"] == [tuple(SAMPLERS)]
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
