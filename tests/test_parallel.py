@@ -370,21 +370,23 @@ def test_samples_of_two_are_those_of_one(pair, tmp_path, skip):
         assert shape == (2, SIZE, SIZE)
 
 
-def looking(ranks, folder):
+def looking(ranks, folder, sharded):
     config = settings({}, {})
     torch.manual_seed(2)
     sources, target = torch.rand(2, 20, 1, SIZE, SIZE) * 2 - 1
     watched = held_out.HeldOut(sources, target, np.arange(50, 70), "slice", config, 20.0)
-    model, drawn = make(config).eval(), folder / f"of-{ranks.rank}"
+    whole, drawn = make(config).eval(), folder / f"of-{ranks.rank}"
+    model = parallel.wrap(make(config).eval(), ranks, "fsdp", CPU, torch.float32).model if sharded else whole
     drawn.mkdir()
     psnr = watched.look(model, CPU, torch.float32, drawn, 5, ranks)
-    alone = watched.look(model, CPU, torch.float32, folder / "alone", 5) if ranks.first else psnr
+    alone = watched.look(whole, CPU, torch.float32, folder / "alone", 5) if ranks.first else psnr
     return psnr, alone, sorted(path.name for path in drawn.iterdir())
 
 
-def test_a_look_of_two_is_that_of_one_and_drawn_once(pair, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "fsdp"])
+def test_a_look_of_two_is_that_of_one_and_drawn_once(pair, tmp_path, sharded):
     (tmp_path / "alone").mkdir()
-    (first, alone, drawn), (second, _, nothing) = pair.run(looking, tmp_path)
+    (first, alone, drawn), (second, _, nothing) = pair.run(looking, tmp_path, sharded)
     assert first == second == alone
     assert drawn == ["levels-00000005.png", "step-00000005.png"]
     assert nothing == []
