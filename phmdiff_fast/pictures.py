@@ -223,6 +223,7 @@ def calibration(path: str | Path, found) -> Path:
     axes.grid(True, color="#e4e7eb", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     return _save(path, canvas)
 
 

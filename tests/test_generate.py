@@ -196,7 +196,7 @@ def test_one_sample_has_no_calibration():
 
 
 def test_evaluate_draws_the_calibration_and_writes_it(trained, tiny_cohort, tmp_path, capsys):
-    picture, table = tmp_path / "c.png", tmp_path / "t.json"
+    picture, table = tmp_path / "new" / "c.png", tmp_path / "t.json"
     how = ["--samples", 3, "--steps", 3, "--sampler", "ddpm", "--quiet"]
     assert cli("evaluate", trained, tiny_cohort, *how, "--calibration", picture, "--json", table) == 0
     told = capsys.readouterr().out
