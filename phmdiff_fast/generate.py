@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -347,15 +348,22 @@ def sample(
                 behind.wait()
                 subject = fetch()
             told = _Told(progress, subject_id, done, len(names), ranks)
-            each = [_synthesized(one, subject, how, told, ranks, engine, len(teams)) for one, how, engine in teams]
-            made = _averaged(each, [one for one, *_ in teams])
+            made = _of_one_value(run, subject, settings, say_so=ranks.first)
+            if made is None:
+                each = [
+                    synthesize(one, subject, how, ranks=ranks, engine=engine,
+                               progress=partial(told.slices, of=len(teams) * _depth(one, subject)))
+                    for one, how, engine in teams
+                ]  # fmt: skip
+                made = _averaged(each, [one for one, *_ in teams])
+                del each
             if ranks.first:
                 more = {"averaged_with": [one.found.digest("ema") for one, _ in also]} if also else {}
                 behind(
                     _write, run, names[subject_id], subject_id, made, subject.grid, settings, digest, overwrite, more
                 )
             told.end()
-            del subject, each, made
+            del subject, made
         with ranks.busy():
             behind.wait()
     return list(names.values())
@@ -399,17 +407,18 @@ def _averaged(made: list[Volumes], runs: list[Run]) -> Volumes:
     return Volumes(means.mean(0), np.sqrt(inside + means.var(0)).astype(np.float32))
 
 
-def _synthesized(
-    run: Run, subject: Subject, settings: SampleConfig, told: _Told, ranks: Alone, engine: Engine, runs: int
-) -> Volumes:  # fmt: skip
-    """``synthesize``, but for a scan of one value, of which nothing can be made; one of so many ``runs``."""
+def _depth(run: Run, subject: Subject) -> int:
+    """Slices of a subject along the run's axis."""
+    return subject.foreground.shape[SLICE_AXIS[run.config.data.axis]]
+
+
+def _of_one_value(run: Run, subject: Subject, settings: SampleConfig, say_so: bool) -> Volumes | None:
+    """What is written where a source holds one value only, of which nothing can be made; None where none does."""
     empty = [c for c in run.sources if subject.images[c].min() == subject.images[c].max()]
     if not empty:
-        depth = subject.foreground.shape[SLICE_AXIS[run.config.data.axis]]
-        return synthesize(run, subject, settings, ranks=ranks, engine=engine,
-                          progress=lambda count: told.slices(count, depth * runs))  # fmt: skip
+        return None
     air = run.config.data.hu_window[0] if run.units == "HU" else 0.0
-    if ranks.first:
+    if say_so:
         say(f"{subject.id}/{empty[0]} holds one value only: the synthesized volume is {air:g} everywhere")
     volume = np.full(subject.foreground.shape, air, np.float32)
     return Volumes(volume, np.zeros_like(volume) if settings.samples > 1 else None)
