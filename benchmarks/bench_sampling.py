@@ -14,6 +14,7 @@ from benchmarks.sampling_table import VARIANTS
 from phmdiff_fast.background import batches, plain_batches
 from phmdiff_fast.config import SampleConfig, build_config
 from phmdiff_fast.device import autocast, pick_precision
+from phmdiff_fast.engine import kept_on
 from phmdiff_fast.phmdiff import PHMDiff
 
 SLICES, SIDE = 112, 64
@@ -44,8 +45,7 @@ def test_volume(benchmark, device, steps, variant):
     def run():
         made = torch.empty(SLICES, 1, SIDE, SIDE)
         for part in parts:
-            kept = part.kept and [[k if k is None else torch.from_numpy(k).to(device) for k in v] for v in part.kept]
-            rows = torch.from_numpy(part.rows)
+            kept, rows = kept_on(device, part.kept), torch.from_numpy(part.rows)
             with autocast(device, pick_precision("auto", device)):
                 made[rows] = engine(sources[rows.to(device)], rows.to(device), kept).levels[0].float().cpu()
         return made

@@ -38,6 +38,11 @@ SAMPLE = 1 << 32  # sample k of slice z takes the noise number z + k 2^32
 Kept = list  # a level: (B, K) int32, ascending, the patches that are computed; None: all
 
 
+def kept_on(device, kept: list | None) -> list[Kept] | None:
+    """``background.Batch.kept`` as tensors."""
+    return kept and [[k if k is None else torch.from_numpy(k).to(device) for k in view] for view in kept]
+
+
 @dataclass
 class Made:
     """levels : the mean, fine to coarse, (B, C, H_n, W_n) in [-1, 1]; deviation : (B, C, H, W), of what the mean is

@@ -16,7 +16,7 @@ from .config import Config, SampleConfig, build_config, read_config
 from .data import Cohort, Subject, discover, load_subject, subject_of
 from .device import pick_device, pick_precision
 from .distributed import Alone
-from .engine import Engine
+from .engine import Engine, kept_on
 from .errors import CHECKPOINT, USAGE, DataErrors, PhmdiffError
 from .files import refuse_existing, write_json
 from .grid import SLICE_AXIS, InPlane, Scaling, fill_for, scaling_for, stack_context
@@ -202,7 +202,7 @@ def predict(
 
     def work(i: int) -> list[torch.Tensor]:
         part = parts[i]
-        kept = part.kept and [[k if k is None else on_device(k) for k in view] for view in part.kept]
+        kept = kept_on(run.device, part.kept)
         made = engine(on_device(sources[part.rows]), on_device(first + part.rows), kept)
         images = [made.levels[0]] if made.deviation is None else [made.levels[0], made.deviation]
         if progress is not None:

@@ -9,7 +9,7 @@ from test_phmdiff import awake, images
 
 from phmdiff_fast.background import batches
 from phmdiff_fast.config import SampleConfig
-from phmdiff_fast.engine import SAMPLE, Engine
+from phmdiff_fast.engine import SAMPLE, Engine, kept_on
 from phmdiff_fast.sampling import SAMPLERS
 
 IDS = torch.arange(4)
@@ -18,8 +18,7 @@ IDS = torch.arange(4)
 def plan(inside, views=1):
     """(rows, kept as tensors) of each batch; inside (Z, H, W) bool."""
     made = batches(inside, 8, patch=4, levels=3, views=views, small=16)
-    tensors = lambda kept: kept and [[k if k is None else torch.from_numpy(k) for k in v] for v in kept]  # noqa: E731
-    return [(torch.from_numpy(part.rows), tensors(part.kept)) for part in made]
+    return [(torch.from_numpy(part.rows), kept_on("cpu", part.kept)) for part in made]
 
 
 def scattered():
