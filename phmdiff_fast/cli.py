@@ -435,7 +435,7 @@ def _names(items) -> list[str]:
 def _warn_of_equal_samples(run, settings) -> None:
     """One step of a regression forgets the noise."""
     if settings.samples > 1 and settings.steps == 1 and run.model.usable == 1:
-        say(say("one step of one member makes nearly one image of all samples: --steps 10 --sampler ddpm spreads them"))
+        say("one step of one member makes nearly one image of all samples: --steps 10 --sampler ddpm spreads them")
 
 
 def _warn(line: str) -> None:

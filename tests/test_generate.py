@@ -153,6 +153,14 @@ def test_a_scan_that_breaks_in_the_middle_leaves_whole_volumes(trained, tiny_coh
     assert all(np.isfinite(voxels(tmp_path / "o" / name)).all() for name in made if name.endswith("gz"))
 
 
+def test_samples_that_cannot_differ_are_told_once(coronal, trained, tiny_cohort, tmp_path, capsys):
+    for n, (run, more, told) in enumerate(((coronal, [], 1), (coronal, ["--steps", 2], 0), (trained, [], 0))):
+        how = ["--out", tmp_path / str(n), "--samples", 2, "--quiet", *more]
+        assert cli("sample", run, tiny_cohort / "p3", *how) == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.startswith("phmdiff-fast: one step of one member") for line in lines] == [True] * told
+
+
 def test_background_may_be_computed_too(trained, tiny_cohort, tmp_path):
     for name, more in (("left_out", []), ("computed", ["--no-skip-background"])):
         assert cli("sample", trained, tiny_cohort / "p3", "--out", tmp_path / name, "--quiet", *more) == 0
